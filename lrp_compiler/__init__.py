@@ -1,0 +1,26 @@
+"""A graph compiler that explains neural networks by Layer-wise Relevance Propagation."""
+
+from lrp_compiler import composites, errors, seeds
+from lrp_compiler.api import compile_for_lrp
+from lrp_compiler.ledger import Ledger
+from lrp_compiler.module import LRPModule
+from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.registry import register_rule
+from lrp_compiler.report import Report
+from lrp_compiler.seeds import Contrast, Token
+from lrp_compiler.tape import Tape
+
+__all__ = [
+    "Composite",
+    "Contrast",
+    "LRPModule",
+    "Ledger",
+    "Report",
+    "Tape",
+    "Token",
+    "compile_for_lrp",
+    "composites",
+    "errors",
+    "register_rule",
+    "seeds",
+]

@@ -1,0 +1,31 @@
+"""compile_for_lrp: the one function most users call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lrp_compiler.module import LRPModule
+from lrp_compiler.options import Options, parse_options
+from lrp_compiler.passes.errors import OptionValueError
+from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.registry import REGISTRY
+
+
+def compile_for_lrp(model: nn.Module, composite: str | Composite = "auto", **options: Any) -> LRPModule:
+    """Wrap ``model`` in a drop-in module that explains its outputs by Layer-wise Relevance Propagation.
+
+    ``composite`` is a name ("attnlrp", "cp_lrp", "epsilon", "input_x_gradient", "gradient"), a Composite, or "auto",
+    which picks by what the graph contains. Options: ``output`` (name of the output to explain), ``rules`` ({op: rule
+    function}), ``verify`` ("off" or "ledger"), ``reference`` (run the slow relevance-space interpreter).
+
+    Nothing is traced before the first call. Raises UnknownCompositeError, UnknownOptionError, OptionValueError.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionValueError(name="model", value=model, cause="it is not a torch.nn.Module")
+    if isinstance(model, LRPModule):
+        model = model.original
+    parsed = parse_options(options)
+    rules = {**REGISTRY.snapshot(), **parsed.rules}
+    return LRPModule(model, composite, Options(parsed.output, rules, parsed.verify, parsed.reference))

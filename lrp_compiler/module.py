@@ -1,0 +1,176 @@
+"""LRPModule: the drop-in module that explains itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lrp_compiler.compiled import Compiler, ExplainedCall, graph_inputs, rebuild_output
+from lrp_compiler.options import Options
+from lrp_compiler.passes.pipeline import Stage
+from lrp_compiler.passes.program import InputKind, Request
+from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.report import Report, make_report
+from lrp_compiler.seeds import Target
+from lrp_compiler.sites import SiteRef, resolve_sites
+from lrp_compiler.tape import Names, Tape, write_back
+
+
+class LRPModule(nn.Module):
+    """A model's drop-in: same outputs, parameters, state and submodules, and relevance for any of its values.
+
+    It shares the original's parameters, buffers and children, so training either trains both. Each kind of call
+    (shapes, dtypes, training flags) is compiled at its first use.
+    """
+
+    def __init__(self, model: nn.Module, composite: str | Composite = "auto", options: Options | None = None) -> None:
+        object.__setattr__(self, "_model", model)
+        super().__init__()
+        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[shared] = model.__dict__[shared]
+        self.__dict__["_composite"] = composite
+        self.__dict__["_options"] = options or Options()
+        self.__dict__["_compiler"] = Compiler(composite, self._options)
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The original's training flag."""
+        return self._model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        pass
+
+    @property
+    def original(self) -> nn.Module:
+        """The module this one explains."""
+        return self._model
+
+    def train(self, mode: bool = True) -> LRPModule:
+        self._model.train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_model"], name)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LRPModule:
+        self._model._apply(fn, recurse)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model.load_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LRPModule:
+        return LRPModule(copy.deepcopy(self._model, memo), self._composite, self._options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (LRPModule, (self._model, self._composite, self._options))
+
+    def extra_repr(self) -> str:
+        name = self._composite if isinstance(self._composite, str) else self._composite.name
+        return f"{type(self._model).__name__} explained by {name!r}"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own output, of the same type and bitwise equal, differentiable as ever."""
+        kwargs = dict(sorted(kwargs.items()))
+        call = self._compiler.call(self._model, args, kwargs)
+        program = call.forward.program
+        inputs = graph_inputs(program, self._model, args, kwargs)
+        values = call.forward.forward(*inputs)
+        outputs = len(values) - len(program.mutations)
+        names = [spec.node for spec in program.inputs]
+        write_back(program.mutations, dict(zip(names, inputs, strict=True)), list(values[outputs:]))
+        return rebuild_output(program, list(values[:outputs]))
+
+    def run(
+        self, *args: Any, at: Names = None, wrt: str | list[str] | tuple[str, ...] | None = None, **kwargs: Any
+    ) -> tuple[Any, Tape]:
+        """One forward pass of ``model(*args, **kwargs)``, kept: ``(output, tape)``.
+
+        ``at`` names the sites that will be asked for (others work too, at the price of a second forward pass);
+        ``wrt`` names the attributed inputs, None meaning every float input and every token input.
+        """
+        kwargs = dict(sorted(kwargs.items()))
+        explained = self._explained(args, kwargs, wrt)
+        request = default_request(explained, at, self._options)
+        tape = Tape(self._model, self._compiler, explained, request)
+        leaves = tape.record(graph_inputs(explained.program, self._model, args, kwargs))
+        return rebuild_output(explained.program, leaves), tape
+
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        forward_kwargs: dict[str, Any] | None = None,
+        output: str | None = None,
+        per_dimension: bool = False,
+        return_convergence_delta: bool = False,
+    ) -> Any:
+        """Relevance of ``inputs`` for ``target``, with Captum's signature and result layout.
+
+        Calls ``model(*inputs, *additional_forward_args, **forward_kwargs)`` and attributes ``inputs`` alone. A
+        tensor gives a tensor, a tuple a tuple, each of its input's shape; token ids give (batch, tokens), or with
+        ``per_dimension`` (batch, tokens, dim). ``return_convergence_delta`` adds, per sample, the seeded output
+        minus the sum of all attributions. Raises what ``Tape.relevance`` raises.
+        """
+        single = isinstance(inputs, Tensor)
+        given: tuple[Any, ...] = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        extra = additional_forward_args
+        more = () if extra is None else tuple(extra) if isinstance(extra, (tuple, list)) else (extra,)
+        args, kwargs = (*given, *more), dict(sorted((forward_kwargs or {}).items()))
+        with torch.no_grad():
+            names = self._user_names(args, kwargs)[: len(pytree.tree_leaves(given))]
+            _, tape = self.run(*args, wrt=names, **kwargs)
+            found = tape.relevance(target, at=names, output=output, per_dimension=per_dimension)
+            attributions = tuple(found[name] for name in names)
+            result = attributions[0] if single else attributions
+            if not return_convergence_delta:
+                return result
+            return result, tape.seeded_output(target, output) - sum(a.flatten(1).sum(1) for a in attributions)
+
+    def report(self, *args: Any, wrt: Names = None, **kwargs: Any) -> Report:
+        """What the compiler made of this kind of call: coverage, rules, promises, buffers, timings, sites."""
+        explained = self._explained(args, dict(sorted(kwargs.items())), wrt)
+        request = default_request(explained, None, self._options)
+        stages, executable = self._compiler.emitted(explained, request)
+        return make_report(type(self._model).__name__, stages, executable, explained)
+
+    def stages(self, *args: Any, wrt: Names = None, **kwargs: Any) -> tuple[Stage, ...]:
+        """Every pass's output for this kind of call; ``str(stage)`` is a Python program."""
+        explained = self._explained(args, dict(sorted(kwargs.items())), wrt)
+        return self._compiler.emitted(explained, default_request(explained, None, self._options))[0]
+
+    def _explained(self, args: tuple[Any, ...], kwargs: dict[str, Any], wrt: Names) -> ExplainedCall:
+        call = self._compiler.call(self._model, args, kwargs)
+        attributed = None if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
+        return self._compiler.explain(call, attributed)
+
+    def _user_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """The names of the argument leaves, as the model's forward calls them."""
+        program = self._compiler.call(self._model, args, kwargs).captured[-1].program
+        return [spec.target for spec in program.inputs if spec.kind is InputKind.USER]
+
+
+def default_request(explained: ExplainedCall, at: Names, options: Options) -> Request:
+    """What a forward pass prepares for: relevance of ``at`` (None: the attributed inputs) at the chosen output."""
+    program = explained.program
+    names = list(program.attributed) if at is None else [at] if isinstance(at, str) else list(at)
+    refs: list[SiteRef] = resolve_sites(program, names)
+    composite = program.composite
+    kind = composite.readout if composite is not None else "relevance"
+    nodes = tuple(dict.fromkeys((node, kind) for ref in refs for node in ref.nodes))
+    return Request((explained.chosen_output(options.output),), nodes)
+

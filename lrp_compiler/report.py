@@ -1,0 +1,111 @@
+"""The report: what the compiler made of one kind of call, as data with a readable text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lrp_compiler.compiled import ExplainedCall
+from lrp_compiler.passes.codegen import Executable
+from lrp_compiler.passes.optable import op_name
+from lrp_compiler.passes.pipeline import Stage
+from lrp_compiler.passes.program import Buffer, facts, forward_nodes
+from lrp_compiler.sites import site_table
+
+
+@dataclass(frozen=True)
+class Report:
+    """Coverage, rules, promises, buffers and timings of one kind of call; ``str()`` is a readable page.
+
+    ``rules`` counts ops per (op, rule); ``promises`` the forward values that relevance reads; ``buffers`` where each
+    is kept; ``sites`` every name that ``at=`` takes.
+    """
+
+    model: str
+    composite: str
+    reason: str
+    inputs: dict[str, tuple[str, ...]]
+    outputs: tuple[str, ...]
+    explained_output: str
+    forward_ops: int
+    live_ops: int
+    relevance_ops: int
+    rules: dict[tuple[str, str], int]
+    stopped: dict[str, int]
+    patterns: dict[str, int]
+    conversions: tuple[str, ...]
+    buffers: tuple[Buffer, ...]
+    milliseconds: dict[str, float]
+    sites: tuple[str, ...]
+
+    @property
+    def promises(self) -> int:
+        """How many forward values the relevance pass reads."""
+        return len(self.buffers)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of forward values kept for relevance alone."""
+        return sum(buffer.bytes for buffer in self.buffers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        data = asdict(self)
+        data["rules"] = [{"op": op, "rule": rule, "count": n} for (op, rule), n in self.rules.items()]
+        return data
+
+    def __str__(self) -> str:
+        kinds = Counter(buffer.kind for buffer in self.buffers)
+        inputs = ", ".join(
+            name if nodes == (name,) else f"{name} (at {', '.join(nodes)})" for name, nodes in self.inputs.items()
+        )
+        lines = [
+            f"{self.model} explained by {self.composite}" + (f" ({self.reason})" if self.reason else ""),
+            f"  inputs    {inputs}",
+            f"  output    {self.explained_output} (of {', '.join(self.outputs)})",
+            f"  ops       {self.forward_ops} forward, {self.live_ops} on the path of relevance, all covered;"
+            f" {self.relevance_ops} relevance ops",
+            f"  promises  {self.promises}: {kinds['saved']} saved ({self.saved_bytes:,} B), {kinds['view']} views,"
+            f" {kinds['free']} free; {len(self.conversions)} edge conversions",
+            f"  passes    {sum(self.milliseconds.values()):.0f} ms: "
+            + ", ".join(f"{name} {ms:.0f}" for name, ms in self.milliseconds.items()),
+            "  rules",
+        ]
+        width = max((len(op) for op, _ in self.rules), default=0)
+        lines += [f"    {op:<{width}}  {rule:<18} x {count}" for (op, rule), count in self.rules.items()]
+        if self.stopped:
+            lines.append("  stopped   " + ", ".join(f"{op} x {count}" for op, count in self.stopped.items()))
+        if self.patterns:
+            lines.append("  patterns  " + ", ".join(f"{kind} x {count}" for kind, count in self.patterns.items()))
+        return "\n".join(lines)
+
+
+def make_report(model: str, stages: tuple[Stage, ...], executable: Executable, explained: ExplainedCall) -> Report:
+    """Collect the report from the stages of one request."""
+    program = explained.program
+    live = [node for node in forward_nodes(program) if facts(node).live and node.op == "call_function"]
+    flowing = [node for node in live if facts(node).flows and facts(node).rule is not None]
+    names = explained.explainable_outputs()
+    (chosen,) = executable.program.seeds
+    relevance = executable.program.relevance_graph
+    composite = program.composite
+    assert composite is not None and relevance is not None
+    return Report(
+        model=model,
+        composite=composite.name,
+        reason=composite.reason,
+        inputs=dict(program.sources),
+        outputs=tuple(names),
+        explained_output=next(name for name, index in names.items() if index == chosen),
+        forward_ops=sum(node.op == "call_function" for node in forward_nodes(program)),
+        live_ops=len(live),
+        relevance_ops=sum(node.op == "call_function" for node in relevance.nodes),
+        rules=dict(sorted(Counter((op_name(node), str(facts(node).rule)) for node in flowing).items())),
+        stopped=dict(Counter(op_name(node) for node in live if facts(node).rule is not None and not facts(node).flows)),
+        patterns=dict(Counter(p.kind for node in live if (p := facts(node).pattern) is not None)),
+        conversions=executable.program.conversions,
+        buffers=executable.program.buffers,
+        milliseconds={stage.name: stage.milliseconds for stage in stages},
+        sites=tuple(site_table(program)),
+    )

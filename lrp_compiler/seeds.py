@@ -1,0 +1,151 @@
+"""From what the user wants explained to the coefficient seed at the model's output.
+
+A seed is the coefficient c of the output, of the output's shape: relevance starts as output * c. One-hot at a
+logit, relevance at inputs and sinks sums to that logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lrp_compiler.passes.errors import TargetError
+
+Index = int | Tensor | Sequence[int]
+"""One index for every sample, or one per sample."""
+
+Target = Any
+"""None, int, tuple, list, Tensor, Seed, or a callable of the model's output."""
+
+
+class Seed:
+    """A target that makes its own seed for an output."""
+
+    def seed(self, output: Tensor) -> Tensor:
+        """The coefficients at ``output``, of its shape, dtype and device; raises TargetError."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Contrast(Seed):
+    """One class against another: e_index - e_against; ``index`` and ``against`` as any class target."""
+
+    index: Any
+    against: Any
+
+    def seed(self, output: Tensor) -> Tensor:
+        return one_hot(output, self.index) - one_hot(output, self.against)
+
+
+@dataclass(frozen=True)
+class Token(Seed):
+    """Entry ``index`` of the vocabulary at ``position`` of a (batch, positions, vocabulary) output.
+
+    Either is one number for every sample or one per sample; -1 is the last position.
+    """
+
+    position: Index
+    index: Index
+
+    def seed(self, output: Tensor) -> Tensor:
+        if output.dim() != 3:
+            raise TargetError(target=self, shape=tuple(output.shape), cause="Token needs (batch, positions, vocabulary)")
+        position = _per_sample(self.position, output, 1, self)
+        index = _per_sample(self.index, output, 2, self)
+        seed = torch.zeros_like(output)
+        seed[torch.arange(output.shape[0], device=output.device), position, index] = 1
+        return seed
+
+
+def seeds_for(
+    outputs: dict[int, Tensor], chosen: int, target: Target, rebuild: Callable[[dict[int, Tensor]], Any]
+) -> dict[int, Tensor]:
+    """The seed of each explained output leaf.
+
+    ``outputs`` are the explainable leaves by index, ``chosen`` the one that targets index; ``rebuild`` makes the
+    model's output from replaced leaves, for callables.
+    """
+    if callable(target) and not isinstance(target, (Seed, Tensor)):
+        return _seeds_of_callable(outputs, target, rebuild)
+    return {chosen: seed_for(outputs[chosen], target)}
+
+
+def seed_for(output: Tensor, target: Target) -> Tensor:
+    """The seed of one output for any target that is not a callable; raises TargetError."""
+    if isinstance(target, Seed):
+        return target.seed(output)
+    if isinstance(target, Tensor) and target.dtype.is_floating_point:
+        if target.shape != output.shape:
+            raise TargetError(
+                target=f"of shape {tuple(target.shape)}",
+                shape=tuple(output.shape),
+                cause="a seed tensor has the shape of the output",
+            )
+        return target.to(output)
+    return one_hot(output, target)
+
+
+def one_hot(output: Tensor, target: Target) -> Tensor:
+    """1 at the target's entry of every sample, 0 elsewhere."""
+    shape = tuple(output.shape)
+    if target is None:
+        if output.numel() != (shape[0] if shape else 1):
+            raise TargetError(target=None, shape=shape, cause="without a target the output must be one number a sample")
+        return torch.ones_like(output)
+    if output.dim() < 2:
+        raise TargetError(target=target, shape=shape, cause="the output has no class dimension; leave target out")
+    if isinstance(target, list) and target and isinstance(target[0], tuple):
+        columns: list[Any] = [list(column) for column in zip(*target, strict=True)]
+    elif isinstance(target, tuple):
+        columns = list(target)
+    else:
+        columns = [target]
+    if len(columns) != output.dim() - 1:
+        raise TargetError(
+            target=target,
+            shape=shape,
+            cause=f"it gives {len(columns)} index(es), the output has {output.dim() - 1} dimension(s) after the batch",
+        )
+    seed = torch.zeros_like(output)
+    places = [_per_sample(column, output, dim + 1, target) for dim, column in enumerate(columns)]
+    seed[(torch.arange(shape[0], device=output.device), *places)] = 1
+    return seed
+
+
+def _per_sample(index: Any, output: Tensor, dim: int, target: Target) -> Tensor:
+    """``index`` as one number per sample, checked against the size of ``dim``."""
+    batch, size = output.shape[0], output.shape[dim]
+    shape = tuple(output.shape)
+    if isinstance(index, Tensor) and (index.dtype.is_floating_point or index.dtype == torch.bool):
+        raise TargetError(target=target, shape=shape, cause=f"an index tensor of dtype {index.dtype}")
+    try:
+        places = torch.as_tensor(index, device=output.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TargetError(target=target, shape=shape, cause=f"{index!r} is not an index") from None
+    if places.dtype.is_floating_point or places.dtype == torch.bool:
+        raise TargetError(target=target, shape=shape, cause=f"{index!r} is not an index")
+    if places.dim() > 1 or (places.dim() == 1 and places.numel() not in (1, batch)):
+        raise TargetError(target=target, shape=shape, cause=f"{tuple(places.shape)} indices for {batch} sample(s)")
+    if places.numel() and bool(((places < -size) | (places >= size)).any()):
+        raise TargetError(target=target, shape=shape, cause=f"dimension {dim} has {size} entries")
+    return places.reshape(-1).expand(batch)
+
+
+def _seeds_of_callable(
+    outputs: dict[int, Tensor], target: Callable[[Any], Any], rebuild: Callable[[dict[int, Tensor]], Any]
+) -> dict[int, Tensor]:
+    """d target / d output: the seed under which relevance explains the callable's value to first order."""
+    leaves = {index: output.detach().clone().requires_grad_() for index, output in outputs.items()}
+    shapes = tuple(tuple(output.shape) for output in outputs.values())
+    with torch.inference_mode(False), torch.enable_grad():
+        value = target(rebuild(dict(leaves)))
+        total = sum((leaf.sum() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)), torch.zeros(()))
+        if not total.requires_grad:
+            raise TargetError(target=target, shape=shapes, cause="it does not depend on a floating-point output")
+        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {index: grad for index, grad in zip(leaves, grads, strict=True) if grad is not None}

@@ -1,0 +1,253 @@
+"""The tape: one forward pass, kept, from which relevance can be read at any site for any target."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild_output
+from lrp_compiler.ledger import Ledger, ledger_from_results
+from lrp_compiler.passes.codegen import Executable
+from lrp_compiler.passes.errors import OptionValueError, OutputError, StaleTapeError
+from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Request, Result
+from lrp_compiler.passes.reference import reference_relevance
+from lrp_compiler.passes.rules.base import EdgeKind
+from lrp_compiler.seeds import Target, seeds_for
+from lrp_compiler.sites import SiteRef, is_glob, resolve_sites
+
+Names = str | list[str] | tuple[str, ...] | None
+Sinks = dict[str, dict[str, Tensor]]
+
+
+class Tape:
+    """The values one forward pass left for relevance.
+
+    Made by ``LRPModule.run``. Values a later question needs and the pass did not keep are recomputed from its inputs
+    with the same random numbers; parameters that changed since raise StaleTapeError.
+    """
+
+    def __init__(self, model: nn.Module, compiler: Compiler, call: ExplainedCall, request: Request) -> None:
+        self._model = model
+        self._compiler = compiler
+        self._call = call
+        self._request = request
+        self._inputs: dict[str, Any] = {}
+        self._saved: dict[str, Tensor] = {}
+        self._versions: dict[str, int | None] = {}
+        self._leaves: list[Tensor] = []
+        self._rng: Tensor | None = None
+
+    @property
+    def program(self) -> Program:
+        """The compiled program behind this tape."""
+        return self._call.program
+
+    def record(self, inputs: list[Any]) -> list[Any]:
+        """Run the forward pass on the graph's inputs; returns the output leaves that are tensors."""
+        executable = self._compiler.emitted(self._call, self._request)[1]
+        self._inputs = _protected(self.program, inputs)
+        self._rng = torch.get_rng_state() if _is_random(self.program) else None
+        self._leaves, mutated, self._saved = _run_forward(executable, inputs)
+        write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
+        self._versions = {name: _version(value) for name, value in self._inputs.items()}
+        return self._leaves
+
+    def _names(self) -> list[str]:
+        return [spec.node for spec in self.program.inputs]
+
+    def relevance(
+        self, target: Target = None, at: Names = None, *, output: str | None = None, per_dimension: bool = False
+    ) -> Any:
+        """Relevance at sites, for a target at an output.
+
+        ``at`` is an input, a submodule path or an op name (or a list or glob of those); None means every attributed
+        input. One name gives a tensor of the site's shape; a list, a glob or several inputs give a dict. Token
+        inputs give (batch, tokens), summed over the embedding dimension in float32 or wider, or with
+        ``per_dimension`` (batch, tokens, dim). Composite ``gradient`` gives gradients instead.
+
+        Raises TargetError, UnknownSiteError, SiteWithoutRelevanceError, OutputError, StaleTapeError.
+        """
+        composite = self.program.composite
+        readout: EdgeKind = composite.readout if composite is not None else "relevance"
+        return self._at_sites(target, at, output, readout, per_dimension)
+
+    def coefficients(self, target: Target = None, at: Names = None, *, output: str | None = None) -> Any:
+        """The coefficients c (R = a * c) at sites; arguments and result as in ``relevance``, never summed."""
+        if self._compiler.options.reference:
+            raise OptionValueError(name="reference", value=True, cause="a relevance-space pass has no coefficients")
+        return self._at_sites(target, at, output, "coefficient", True)
+
+    def sinks(self, target: Target = None, *, output: str | None = None) -> Sinks:
+        """What left the graph on purpose: op -> kind -> relevance tensor (bias, constant, softmax, mask, epsilon)."""
+        results, _ = self._ask(target, output, (), sinks=True)
+        found: Sinks = {}
+        for result, value in results:
+            if result.kind == "sink":
+                found.setdefault(result.site, {})[result.detail] = value
+        return found
+
+    def ledger(self, target: Target = None, *, output: str | None = None) -> Ledger:
+        """Relevance in, out and sunk, op by op, in float64 sums."""
+        return self._ledger(target, output)
+
+    def seeded_output(self, target: Target = None, output: str | None = None) -> Tensor:
+        """Per sample, the sum of seed times output: what relevance at inputs and sinks adds up to."""
+        leaves = self._outputs()
+        return sum(  # type: ignore[return-value]
+            (seed * leaves[index]).reshape(seed.shape[0] if seed.dim() else 1, -1).sum(1)
+            for index, seed in self._seeds(target, output).items()
+        )
+
+    def _ledger(self, target: Target, output: str | None) -> Ledger:
+        results, seeds = self._ask(target, output, (), sinks=True, ledger=True)
+        leaves = self._outputs()
+        total = sum(float((seed.double() * leaves[index].detach().double()).sum()) for index, seed in seeds.items())
+        dtype = next(iter(seeds.values())).dtype
+        return ledger_from_results(self.program, results, total, dtype)
+
+    def _at_sites(self, target: Target, at: Names, output: str | None, kind: EdgeKind, per_dimension: bool) -> Any:
+        names = list(self.program.attributed) if at is None else [at] if isinstance(at, str) else list(at)
+        refs = resolve_sites(self.program, names)
+        nodes = tuple(dict.fromkeys((node, kind) for ref in refs for node in ref.nodes))
+        results, _ = self._ask(target, output, nodes)
+        values = {result.site: value for result, value in results}
+        found = {ref.label: _gather(ref, values, kind, per_dimension) for ref in refs}
+        single = (at is None and len(found) == 1) or (isinstance(at, str) and not is_glob(at))
+        return next(iter(found.values())) if single else found
+
+    def _outputs(self) -> dict[int, Tensor]:
+        """The output leaves that are tensors, by leaf index."""
+        indices = [index for index, leaf in enumerate(self.program.outputs) if not isinstance(leaf, Constant)]
+        return dict(zip(indices, self._leaves, strict=True))
+
+    def _seeds(self, target: Target, output: str | None) -> dict[int, Tensor]:
+        name = output if output is not None else self._compiler.options.output
+        chosen = self._call.chosen_output(name)
+        leaves = self._outputs()
+        explainable = {i: leaves[i].detach() for i in sorted(self._call.explainable_outputs().values())}
+
+        def rebuild(replaced: dict[int, Tensor]) -> Any:
+            return rebuild_output(self.program, list({**leaves, **replaced}.values()))
+
+        seeds = seeds_for(explainable, chosen, target, rebuild)
+        if not seeds:
+            known = ", ".join(output_names(self.program)[index] for index in explainable)
+            raise OutputError(name="(callable)", cause="the target depends on none of its outputs", known=known)
+        return dict(sorted(seeds.items()))
+
+    def _ask(
+        self,
+        target: Target,
+        output: str | None,
+        sites: tuple[tuple[str, Literal["relevance", "coefficient"]], ...],
+        *,
+        sinks: bool = False,
+        ledger: bool = False,
+    ) -> tuple[list[tuple[Result, Tensor]], dict[int, Tensor]]:
+        """Compile and run the relevance pass for one question."""
+        self._check_fresh()
+        seeds = self._seeds(target, output)
+        if self._compiler.options.reference:
+            return self._ask_reference(seeds, sites, sinks or ledger), seeds
+        request = Request(tuple(seeds), sites, sinks, ledger)
+        executable = self._compiler.emitted(self._call, request)[1]
+        self._complete(executable)
+        values = [self._inputs[name] for name in executable.free] + [self._saved[name] for name in executable.saved]
+        assert executable.relevance is not None
+        with torch.no_grad():
+            results = executable.relevance(*values, *seeds.values())
+        if self._compiler.options.verify == "ledger" and not ledger:
+            self._ledger(target, output).check()
+        return list(zip(executable.program.results, results, strict=True)), seeds
+
+    def _ask_reference(
+        self, seeds: dict[int, Tensor], sites: tuple[tuple[str, EdgeKind], ...], accounts: bool
+    ) -> list[tuple[Result, Tensor]]:
+        if accounts:
+            raise OptionValueError(name="reference", value=True, cause="the reference interpreter keeps no ledger")
+        with self._random_numbers():
+            values = reference_relevance(self.program, list(self._inputs.values()), seeds, [n for n, _ in sites])
+        return [(Result(kind, name), values[name]) for name, kind in sites]
+
+    def _complete(self, executable: Executable) -> None:
+        """Recompute what this question needs and the forward pass did not keep."""
+        if all(name in self._saved for name in executable.saved):
+            return
+        with torch.no_grad(), self._random_numbers():
+            _, _, saved = _run_forward(executable, list(self._inputs.values()))
+        self._saved.update(saved)
+
+    def _random_numbers(self) -> torch.random.fork_rng:  # type: ignore[name-defined]
+        """A context in which the CPU generator repeats what the forward pass drew."""
+        return _replayed_rng(self._rng)
+
+    def _check_fresh(self) -> None:
+        for spec in self.program.inputs:
+            value = self._inputs[spec.node]
+            if self._versions[spec.node] != _version(value):
+                what = "the input" if spec.kind is InputKind.USER else f"the {spec.kind.value}"
+                raise StaleTapeError(name=f"{what} {spec.target}")
+
+
+class _replayed_rng:
+    """Restore a generator state for the duration; None leaves the generator alone."""
+
+    def __init__(self, state: Tensor | None) -> None:
+        self._state = state
+        self._outer: Tensor | None = None
+
+    def __enter__(self) -> None:
+        if self._state is not None:
+            self._outer = torch.get_rng_state()
+            torch.set_rng_state(self._state)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._outer is not None:
+            torch.set_rng_state(self._outer)
+
+
+def _run_forward(executable: Executable, inputs: list[Any]) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    """(output leaves, mutated values, saved buffers) of one forward pass."""
+    program = executable.program
+    values = executable.forward(*inputs)
+    outputs = sum(not isinstance(leaf, Constant) for leaf in program.outputs)
+    mutated = outputs + len(program.mutations)
+    saved = dict(zip(executable.saved, values[mutated:], strict=True))
+    return list(values[:outputs]), list(values[outputs:mutated]), saved
+
+
+def write_back(mutations: tuple[Mutation, ...], inputs: dict[str, Any], values: list[Tensor]) -> None:
+    """Give inputs that the model changes in place (running statistics, say) their new values."""
+    with torch.no_grad():
+        for mutation, value in zip(mutations, values, strict=True):
+            inputs[mutation.input].copy_(value)
+
+
+def _protected(program: Program, inputs: list[Any]) -> dict[str, Any]:
+    """The inputs by name; those the model overwrites are cloned, so that the tape keeps what was read."""
+    overwritten = {mutation.input for mutation in program.mutations}
+    named = zip((spec.node for spec in program.inputs), inputs, strict=True)
+    return {name: value.detach().clone() if name in overwritten else value for name, value in named}
+
+
+def _is_random(program: Program) -> bool:
+    return any(
+        torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in program.graph.nodes
+    )
+
+
+def _version(value: Any) -> int | None:
+    """A tensor's count of in-place changes; None where torch keeps none (inference tensors, numbers)."""
+    if not isinstance(value, Tensor) or value.is_inference():
+        return None
+    return value._version
+
+
+def _gather(ref: SiteRef, values: dict[str, Tensor], kind: EdgeKind, per_dimension: bool) -> Tensor:
+    """The value of one site; embeddings of one token input add up, their hidden dimension summed if asked."""
+    parts = [values[name] for name in ref.nodes]
+    if ref.is_tokens and not per_dimension and kind == "relevance":
+        parts = [part.sum(-1, dtype=torch.promote_types(part.dtype, torch.float32)) for part in parts]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

@@ -1,0 +1,85 @@
+"""analyse: where relevance can be read (sources of each attributed input) and which nodes depend on one (live)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from lrp_compiler.passes.errors import NoAttributableInputError, UnknownInputError
+from lrp_compiler.passes.optable import OpClass, classify, op_name
+from lrp_compiler.passes.program import InputKind, Program, carries_float, is_float, learn
+
+INDEX_CASTS = frozenset({"aten::to", "aten::_to_copy", "aten::clone"})
+
+
+def analyse(program: Program, attributed: tuple[str, ...] | None = None) -> Program:
+    """Find the sources of the inputs named in ``attributed`` (None: every input that has any) and mark live nodes.
+
+    A float input is its own source; an integer input's sources are the outputs of the embeddings it indexes.
+    Raises UnknownInputError for a name that is no input, NoAttributableInputError when nothing has a source.
+    """
+    program = program.fork()
+    nodes = program.nodes_by_name()
+    users = {spec.target: nodes[spec.node] for spec in program.inputs if spec.kind is InputKind.USER}
+    tensors = {name: node for name, node in users.items() if isinstance(node.meta.get("val"), torch.Tensor)}
+    for name in attributed or ():
+        if name not in tensors:
+            raise UnknownInputError(name=name, known=", ".join(tensors) or "no tensor inputs")
+    sources = {name: _sources(tensors[name]) for name in (tensors if attributed is None else attributed)}
+    missing = [name for name, found in sources.items() if not found]
+    if attributed and missing:
+        raise NoAttributableInputError(cause=f"'{missing[0]}' is {_describe(tensors[missing[0]])}")
+    sources = {name: found for name, found in sources.items() if found}
+    if not sources:
+        described = ", ".join(f"'{name}' is {_describe(tensors[name])}" for name in tensors)
+        raise NoAttributableInputError(cause=described or "the model takes no tensors")
+    _mark_live(program, {name for found in sources.values() for name in found})
+    return program.having(sources=sources, attributed=tuple(sources))
+
+
+def _describe(node: fx.Node) -> str:
+    return f"of type {node.meta['val'].dtype} and indexes no embedding"
+
+
+def _sources(node: fx.Node) -> tuple[str, ...]:
+    """Where the relevance of a user input is read."""
+    if is_float(node.meta["val"]):
+        return (node.name,)
+    if node.meta["val"].dtype == torch.bool:
+        return ()
+    return tuple(embedding.name for embedding in _embeddings(node, set()))
+
+
+def _embeddings(index: fx.Node, seen: set[fx.Node]) -> Iterable[fx.Node]:
+    """The embeddings that ``index`` reaches unchanged but for its shape and type."""
+    for user in index.users:
+        if user in seen or user.op != "call_function":
+            continue
+        seen.add(user)
+        if op_name(user) == "aten::embedding" and user.args[1] is index:
+            yield user
+        elif _keeps_index(user, index):
+            yield from _embeddings(user, seen)
+
+
+def _keeps_index(user: fx.Node, index: fx.Node) -> bool:
+    entry = classify(user)
+    moves = entry is not None and entry.op_class in (OpClass.MOVEMENT, OpClass.TUPLE)
+    data_first = bool(user.args) and (user.args[0] is index or isinstance(user.args[0], (list, tuple)))
+    return moves and data_first and not carries_float(user)
+
+
+def _mark_live(program: Program, sources: set[str]) -> None:
+    """A node is live when it is a source or computes floats from a live node."""
+    live: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "output":
+            continue
+        entry = classify(node) if node.op == "call_function" else None
+        blocks = entry is not None and entry.op_class is OpClass.NON_RELEVANCE
+        derived = not blocks and carries_float(node) and any(arg in live for arg in node.all_input_nodes)
+        if node.name in sources or derived:
+            live.add(node)
+            learn(node, live=True)

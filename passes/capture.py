@@ -1,0 +1,151 @@
+"""capture: a module and one call of it -> an ATen-level graph whose parameters are looked up live by name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import ConstantArgument, InputKind as ExportKind
+from torch.utils import _pytree as pytree
+
+from lrp_compiler.passes.errors import CaptureError, user_source_of_trace
+from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program
+
+KINDS = {
+    ExportKind.PARAMETER: InputKind.PARAMETER,
+    ExportKind.BUFFER: InputKind.BUFFER,
+    ExportKind.CONSTANT_TENSOR: InputKind.CONSTANT,
+    ExportKind.USER_INPUT: InputKind.USER,
+}
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """Trace one call of ``model`` with torch.export (non-strict, training IR).
+
+    Raises CaptureError, with the user's source line, when the call cannot be traced.
+    """
+    args, kwargs = _distinct(args, kwargs)
+    with _quiet(), _without_kv_cache(model), _without_attention_fastpath():
+        try:
+            exported = torch.export.export(model, args, kwargs, strict=False)
+        except Exception as error:
+            cause = str(error).strip().splitlines() or [type(error).__name__]
+            raise CaptureError(
+                model=type(model).__name__, cause=f"{type(error).__name__}: {cause[0]}", source=_blame(error)
+            ) from error
+    graph_module = exported.graph_module
+    return Program(
+        graph=graph_module.graph,
+        root=graph_module,
+        fake_mode=_fake_mode(graph_module.graph),
+        inputs=tuple(_input_spec(spec, exported.constants) for spec in exported.graph_signature.input_specs),
+        outputs=_outputs(exported),
+        in_spec=exported.call_spec.in_spec,
+        out_spec=exported.call_spec.out_spec,
+    )
+
+
+def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with every tensor an object of its own: one passed twice would get one placeholder."""
+    leaves, tree = pytree.tree_flatten((args, kwargs))
+    seen: set[int] = set()
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            if id(leaf) in seen:
+                leaves[index] = leaf.detach().clone(memory_format=torch.preserve_format)
+            seen.add(id(leaf))
+    distinct: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, tree)
+    return distinct
+
+
+def _input_spec(spec: Any, constants: dict[str, Any]) -> InputSpec:
+    kind = KINDS.get(spec.kind)
+    if kind is None:
+        raise CaptureError(model="the model", cause=f"input {spec.arg.name} of kind {spec.kind.name} is not supported")
+    constant = constants[spec.target] if kind is InputKind.CONSTANT else None
+    return InputSpec(node=spec.arg.name, kind=kind, target=spec.target or spec.arg.name, constant=constant)
+
+
+def _outputs(exported: Any) -> tuple[str | Constant, ...]:
+    leaves: list[str | Constant] = []
+    for spec in exported.graph_signature.output_specs:
+        if isinstance(spec.arg, ConstantArgument):
+            leaves.append(Constant(spec.arg.value))
+        else:
+            leaves.append(spec.arg.name)
+    return tuple(leaves)
+
+
+def _fake_mode(graph: fx.Graph) -> Any:
+    for node in graph.nodes:
+        for leaf in pytree.tree_leaves(node.meta.get("val")):
+            mode = getattr(leaf, "fake_mode", None)
+            if mode is not None:
+                return mode
+    raise CaptureError(model="the model", cause="the graph holds no tensor")
+
+
+def _blame(error: BaseException) -> str | None:
+    """The user's line that could not be traced: from the error's own stack, else from the traceback."""
+    frames = []
+    trace = error.__traceback__
+    while trace is not None:
+        frames.append(f'File "{trace.tb_frame.f_code.co_filename}", line {trace.tb_lineno}, in x')
+        trace = trace.tb_next
+    inside = [frame for frame in frames if "/torch/" not in frame and "lrp_compiler/passes/" not in frame]
+    return _with_code(user_source_of_trace("\n".join(inside))) if inside else None
+
+
+def _with_code(place: str | None) -> str | None:
+    """``file:line`` with the text of that line."""
+    if place is None:
+        return None
+    path, _, line = place.split(" ")[0].rpartition(":")
+    with contextlib.suppress(OSError, IndexError), open(path, encoding="utf-8") as file:
+        return f"{path}:{line} {file.read().splitlines()[int(line) - 1].strip()}"
+    return place
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export from printing the graph of a failed trace; its error is reported by ours."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_kv_cache(model: nn.Module) -> Iterator[None]:
+    """Hugging Face decoders return a cache object that is no tensor tree; an explanation needs none."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    changed = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    for config in changed:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in changed:
+            config.use_cache = True
+
+
+@contextlib.contextmanager
+def _without_attention_fastpath() -> Iterator[None]:
+    """The fused encoder-layer path hides its ops from the trace."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

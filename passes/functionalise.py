@@ -1,0 +1,172 @@
+"""functionalise: in-place ops -> functional ones; inputs the model changes are listed as mutations.
+
+torch's own functionalization would also take composite ops apart (linear, attention), which the rules need whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lrp_compiler.passes.errors import UnsupportedMutationError, user_source
+from lrp_compiler.passes.program import Constant, Mutation, Program, value_of
+
+aten = torch.ops.aten
+PERMUTING = frozenset({"aten::transpose", "aten::permute", "aten::t", "aten::movedim", "aten::swapaxes"})
+SCATTERS = {
+    "aten::select": aten.select_scatter.default,
+    "aten::slice": aten.slice_scatter.default,
+    "aten::diagonal": aten.diagonal_scatter.default,
+}
+
+
+def functionalise(program: Program) -> Program:
+    """The same computation without in-place ops; what happens to graph inputs becomes ``mutations``."""
+    if not any(_writes(node) for node in program.graph.nodes):
+        return program
+    return _Functionaliser(program).run()
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+class _Functionaliser:
+    """Rebuilds the graph in order, knowing for each old node which new node holds its value now."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        self.now: dict[fx.Node, Any] = {}
+        self.parent: dict[fx.Node, fx.Node] = {}
+        self.writes: dict[fx.Node, int] = {}
+        self.seen: dict[fx.Node, int] = {}
+
+    def run(self) -> Program:
+        placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        old = self.program.nodes_by_name()
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                self.graph.output(fx.map_arg(node.args[0], self.value))
+            elif _writes(node):
+                self.write(node)
+            else:
+                self.copy(node)
+        mutations = tuple(
+            Mutation(node.name, self.value(node).name) for node in placeholders if self.value(node).name != node.name
+        )
+        outputs = tuple(
+            leaf if isinstance(leaf, Constant) else self.value(old[leaf]).name for leaf in self.program.outputs
+        )
+        return self.program.having(graph=self.graph, mutations=mutations, outputs=outputs)
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The node whose storage ``node`` shares."""
+        while node in self.parent:
+            node = self.parent[node]
+        return node
+
+    def value(self, node: fx.Node) -> Any:
+        """The new node with the current value of ``node``; views of written storage are taken afresh."""
+        if _writes(node):
+            return self.value(self.parent[node])
+        current = self.writes.get(self.root(node), 0)
+        if self.seen[node] < current:
+            self.now[node] = self.graph.node_copy(node, self.value)
+            self.seen[node] = current
+        return self.now[node]
+
+    def copy(self, node: fx.Node) -> None:
+        if node.op == "call_function" and (base := self.shares_storage_with(node)) is not None:
+            self.parent[node] = base
+        self.now[node] = self.graph.node_copy(node, self.value)
+        self.seen[node] = self.writes.get(self.root(node), 0)
+
+    def shares_storage_with(self, node: fx.Node) -> fx.Node | None:
+        """The argument whose storage the result of ``node`` is a view of, found by running it on fakes."""
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node) or not isinstance(first.meta.get("val"), torch.Tensor):
+            return None
+        with self.program.fake_mode, torch.no_grad():
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+            results = pytree.tree_leaves(node.target(*args, **kwargs))  # type: ignore[operator]
+        storage = args[0].untyped_storage()._cdata
+        shares = any(isinstance(r, torch.Tensor) and r.untyped_storage()._cdata == storage for r in results)
+        return first if shares else None
+
+    def write(self, node: fx.Node) -> None:
+        """Replace an in-place call by its functional form and write the result through to the base."""
+        target = node.args[0]
+        assert isinstance(target, fx.Node)
+        result = self.functional(node, target)
+        root = self.root(target)
+        self.parent[node] = target
+        child, value = target, result
+        while child is not root:
+            parent = self.parent[child]
+            if not _writes(child):
+                value = self.write_through(node, child, self.value(parent), value)
+            child = parent
+        count = self.writes.get(root, 0) + 1
+        self.writes[root] = count
+        self.now[root], self.now[target] = value, result
+        self.seen[root] = self.seen[target] = count
+
+    def functional(self, node: fx.Node, target: fx.Node) -> fx.Node:
+        """The functional call in place of ``node``, of the shape and dtype of what it overwrites."""
+        schema = node.target._schema  # type: ignore[union-attr]
+        kept = value_of(target)
+        if schema.name == "aten::copy_":
+            source = self.value(node.args[1])  # type: ignore[arg-type]
+            return self.like(source, kept, node)
+        name = schema.name.removeprefix("aten::").removesuffix("_")
+        overload = getattr(getattr(aten, name, None), schema.overload_name or "default", None)
+        if name == "bernoulli" and schema.overload_name == "float":
+            overload = aten.bernoulli.p
+        if overload is None or overload._schema.is_mutable:
+            self.refuse(node, "torch has no functional variant of it")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
+        return self.like(self.emit(node, overload, args, kwargs), kept, node)
+
+    def like(self, value: fx.Node, kept: torch.Tensor, node: fx.Node) -> fx.Node:
+        """``value`` cast and expanded to the dtype and shape of ``kept``."""
+        if value_of(value).dtype != kept.dtype:
+            value = self.emit(node, aten.to.dtype, (value, kept.dtype), {})
+        if value_of(value).shape != kept.shape:
+            value = self.emit(node, aten.expand.default, (value, list(kept.shape)), {})
+        return value
+
+    def write_through(self, node: fx.Node, view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
+        """The value of a view's base after the view was set to ``value``."""
+        name = view.target._schema.name if hasattr(view.target, "_schema") else str(view.target)
+        whole, part = value_of(parent), value_of(value)
+        if name in SCATTERS:
+            return self.emit(node, SCATTERS[name], (parent, value, *view.args[1:]), dict(view.kwargs))
+        if name in PERMUTING:
+            return self.permute_back(node, view, value, whole)
+        if whole.numel() == part.numel() and whole.dtype == part.dtype:
+            return self.emit(node, aten.reshape.default, (value, list(whole.shape)), {})
+        return self.refuse(node, f"it writes through {name}")
+
+    def permute_back(self, node: fx.Node, view: fx.Node, value: fx.Node, whole: torch.Tensor) -> fx.Node:
+        labels = [size + 2 for size in range(whole.dim())]
+        moved = view.target(torch.empty(labels, device="meta"), *view.args[1:], **view.kwargs)  # type: ignore[operator]
+        inverse = [list(moved.shape).index(label) for label in labels]
+        return self.emit(node, aten.permute.default, (value, inverse), {})
+
+    def emit(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        """A new call that carries the provenance of ``node``."""
+        new = self.graph.call_function(target, args, kwargs)
+        new.meta = {key: node.meta[key] for key in node.meta if key != "val"}
+        with self.program.fake_mode, torch.no_grad():
+            fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)
+            new.meta["val"] = target(*fake_args, **fake_kwargs)
+        return new
+
+    def refuse(self, node: fx.Node, cause: str) -> fx.Node:
+        name = str(node.target._schema.name).removeprefix("aten::").removesuffix("_")  # type: ignore[union-attr]
+        raise UnsupportedMutationError(op=f"{name}_", name=name, cause=cause, source=user_source(node))

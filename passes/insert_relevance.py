@@ -1,0 +1,260 @@
+"""insert_relevance: walk the forward graph backwards and write each op's rule behind it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from lrp_compiler.kernels.linear import masked_product, stabilise
+from lrp_compiler.passes.errors import RuleResultError, SiteWithoutRelevanceError
+from lrp_compiler.passes.operation import Operand, Operation
+from lrp_compiler.passes.optable import OpClass, classify
+from lrp_compiler.passes.program import (
+    FACTS,
+    Constant,
+    Facts,
+    Program,
+    Request,
+    Result,
+    facts,
+    forward_nodes,
+    output_node,
+    tensor_of,
+    value_of,
+)
+from lrp_compiler.passes.rules.base import EdgeKind, Rule
+from lrp_compiler.passes.site import Site, output_of
+from lrp_compiler.passes.trace import Emitter
+
+aten = torch.ops.aten
+CONVERSION_EPSILON = 1e-6
+
+
+def promise(value: torch.Tensor) -> torch.Tensor:
+    """A relevance node's demand for a forward value; ``lower_promises`` decides where the value is kept."""
+    return value
+
+
+def insert_relevance(program: Program, request: Request) -> Program:
+    """The joint graph: the forward ops, then the relevance ops that turn seeds into the requested results.
+
+    Relevance ops read forward values through ``promise`` nodes only. Raises SiteWithoutRelevanceError when a
+    requested site is not between the sources and the seeded outputs.
+    """
+    return _Inserter(program.fork(seeds=request.outputs), request).run()
+
+
+class RelevanceEmitter(Emitter):
+    """Emits relevance ops; a forward node that emitted code reads becomes a promise."""
+
+    promises: dict[fx.Node, fx.Node]
+
+    def resolve(self, node: fx.Node) -> fx.Node:
+        if facts(node).part != "forward":
+            return node
+        if node not in self.promises:
+            with self.graph.inserting_before(self.before):
+                made = self.graph.call_function(promise, (node,))
+            made.meta = {**self.provenance, "val": value_of(node), FACTS: Facts(part="promise", origin=node.name)}
+            self.promises[node] = made
+        return self.promises[node]
+
+
+def on_relevance(c: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """R = a c."""
+    return c * value
+
+
+def to_coefficient(relevance: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """c = R / stab(a): lossy where a is zero."""
+    return relevance / stabilise(value, CONVERSION_EPSILON)
+
+
+def total_of(edge: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """(sum(a c), sum |a c|) in float64, for the ledger."""
+    return total(masked_product(edge.double(), value.double()))
+
+
+def total(relevance: torch.Tensor) -> torch.Tensor:
+    """(sum(R), sum |R|) in float64."""
+    return torch.stack([relevance.double().sum(), relevance.double().abs().sum()])
+
+
+Pending = dict[fx.Node, list[tuple[fx.Node, EdgeKind]]]
+
+
+class _Inserter:
+    """The reverse walk: edges wait at their node until every consumer has been visited."""
+
+    def __init__(self, program: Program, request: Request) -> None:
+        self.program = program
+        self.request = request
+        self.nodes = program.nodes_by_name()
+        self.emitter = RelevanceEmitter(program.graph, program.fake_mode, output_node(program.graph))
+        self.emitter.promises = {}
+        self.pending: Pending = {}
+        self.tuples: dict[fx.Node, dict[int, list[tuple[fx.Node, EdgeKind]]]] = {}
+        self.results: list[tuple[Result, fx.Node]] = []
+        self.conversions: list[str] = []
+        self.sources = {name for found in program.sources.values() for name in found}
+        self.wanted: dict[str, list[Literal["relevance", "coefficient"]]] = {}
+        for name, kind in request.sites:
+            self.wanted.setdefault(name, []).append(kind)
+
+    def run(self) -> Program:
+        self.plant_seeds()
+        for node in reversed(list(forward_nodes(self.program))):
+            self.visit(node)
+        for name in [name for name in self.wanted if name not in {r.site for r, _ in self.results}]:
+            self.unreached(self.nodes[name])
+        kept = [self.nodes[leaf] for leaf in self.program.outputs if not isinstance(leaf, Constant)]
+        kept += [self.nodes[mutation.value] for mutation in self.program.mutations]
+        output = output_node(self.program.graph)
+        output.args = ((*kept, *(node for _, node in self.results)),)
+        self.program.graph.eliminate_dead_code()
+        return self.program.having(
+            results=tuple(result for result, _ in self.results), conversions=tuple(self.conversions)
+        )
+
+    def plant_seeds(self) -> None:
+        last = [node for node in self.program.graph.nodes if node.op == "placeholder"][-1]
+        for index in self.request.outputs:
+            leaf = self.program.outputs[index]
+            assert isinstance(leaf, str)
+            node = self.nodes[leaf]
+            with self.program.graph.inserting_after(last):
+                seed = self.program.graph.placeholder(f"seed_{index}")
+            seed.meta = {"val": tensor_of(node), FACTS: Facts(part="seed", origin=leaf)}
+            self.add_edge(node, seed, "coefficient")
+            last = seed
+
+    def add_edge(self, node: fx.Node, edge: fx.Node, kind: EdgeKind) -> None:
+        self.pending.setdefault(node, []).append((edge, kind))
+
+    def visit(self, node: fx.Node) -> None:
+        """Collect the edges of one forward node, read results off, and hand them to its operands."""
+        self.emitter.stamp = Facts(part="relevance", origin=node.name)
+        self.emitter.provenance = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
+        if node not in self.pending and node not in self.tuples:
+            return
+        if node.name in self.wanted:
+            self.read_out(node)
+        if node.name in self.sources:
+            return
+        rule = facts(node).rule
+        if rule is None or not facts(node).flows:
+            return
+        entry = classify(node)
+        if entry is not None and entry.op_class is OpClass.TUPLE:
+            self.tuples.setdefault(node.args[0], {}).setdefault(node.args[1], []).extend(self.pending[node])  # type: ignore[arg-type]
+            return
+        site = Site(Operation(node, self.nodes), self.emitter)
+        edge = self.incoming(node, rule.kind)
+        edges = rule.propagate(site, edge)
+        self.check(site, rule, edges)
+        if self.request.ledger:
+            self.enter_ledger(site, rule, edge, edges)
+        if self.request.sinks or self.request.ledger:
+            self.enter_sinks(site, rule, edge, edges)
+        for operand, made in edges.items():
+            self.add_edge(operand.node, made, rule.kind)
+
+    def incoming(self, node: fx.Node, kind: EdgeKind) -> Any:
+        """The merged edge of a node; for a multi-output op a list with one per output."""
+        if node not in self.tuples:
+            return self.merged(node, self.pending[node], kind)
+        outputs = self.tuples[node]
+        return [
+            self.merged(output_of(self.program.graph, node, index), outputs[index], kind)
+            if index in outputs
+            else None
+            for index in range(len(value_of(node)))
+        ]
+
+    def merged(self, node: fx.Node, edges: list[tuple[fx.Node, EdgeKind]], kind: EdgeKind) -> fx.Node:
+        """The sum of the edges at ``node``, as ``kind``."""
+        alike: dict[EdgeKind, fx.Node] = {}
+        for edge, its_kind in edges:
+            known = alike.get(its_kind)
+            alike[its_kind] = edge if known is None else self.emitter.call(aten.add.Tensor, known, edge)
+        parts = [part if k == kind else self.converted(node, part, kind) for k, part in alike.items()]
+        return parts[0] if len(parts) == 1 else self.emitter.call(aten.add.Tensor, *parts)
+
+    def converted(self, node: fx.Node, edge: fx.Node, kind: EdgeKind) -> fx.Node:
+        """An edge of the other kind: exact towards relevance, stabilised towards coefficients."""
+        self.conversions.append(f"{node.name} -> {kind}")
+        convert = on_relevance if kind == "relevance" else to_coefficient
+        return self.emitter(convert, edge, node)  # type: ignore[no-any-return]
+
+    def read_out(self, node: fx.Node) -> None:
+        for kind in self.wanted[node.name]:
+            if kind == "coefficient":
+                made = self.merged(node, self.pending[node], "coefficient")
+            else:
+                # A masked score inside the model may be -inf; what the user feeds in is finite.
+                product = on_relevance if node.name in self.sources else masked_product
+                parts = [
+                    edge if its_kind == "relevance" else self.emitter(product, edge, node)
+                    for edge, its_kind in self.by_kind(node)
+                ]
+                made = parts[0] if len(parts) == 1 else self.emitter.call(aten.add.Tensor, *parts)
+            self.results.append((Result(kind, node.name), made))
+
+    def by_kind(self, node: fx.Node) -> list[tuple[fx.Node, EdgeKind]]:
+        """The edges at ``node`` summed within each kind, kept for later readers."""
+        edges = self.pending[node]
+        kinds = list(dict.fromkeys(kind for _, kind in edges))
+        self.pending[node] = [
+            (self.merged(node, [pair for pair in edges if pair[1] == kind], kind), kind) for kind in kinds
+        ]
+        return self.pending[node]
+
+    def unreached(self, node: fx.Node) -> None:
+        """A source the seeded outputs do not depend on gets zeros; another site is refused."""
+        if node.name not in self.sources:
+            raise SiteWithoutRelevanceError(name=node.name, cause=self.why_unreached(node))
+        self.emitter.stamp = Facts(part="relevance", origin=node.name)
+        fake = tensor_of(node)
+        for kind in self.wanted[node.name]:
+            zeros = self.emitter.call(aten.full.default, list(fake.shape), 0, dtype=fake.dtype, device=fake.device)
+            self.results.append((Result(kind, node.name), zeros))
+
+    def why_unreached(self, node: fx.Node) -> str:
+        for other in forward_nodes(self.program):
+            pattern = facts(other).pattern
+            if pattern is not None and node.name in pattern.members:
+                return f"it lies inside the recognised {pattern.kind} that ends at {other.name}"
+        if not facts(node).live:
+            return "it does not depend on an attributed input"
+        if not facts(node).flows:
+            return f"the rule '{facts(node).rule}' of composite '{self.program.composite and self.program.composite.name}' stops it"
+        return "no path leads from it to the explained output, or a rule on the way stops relevance"
+
+    def check(self, site: Site, rule: Rule, edges: dict[Operand, fx.Node]) -> None:
+        """Each edge has the shape of the operand it goes to."""
+        for operand, made in edges.items():
+            expected, got = tensor_of(operand.node).shape, tensor_of(made).shape
+            if expected != got:
+                raise RuleResultError(
+                    rule=str(rule), op=str(site.op), got=f"shape {tuple(got)}", expected=f"shape {tuple(expected)}"
+                )
+
+    def enter_ledger(self, site: Site, rule: Rule, edge: Any, edges: dict[Operand, fx.Node]) -> None:
+        """What the op is given and what it passes on, as float64 sums."""
+        outputs = edge if isinstance(edge, list) else [edge]
+        for index, part in enumerate(outputs):
+            if part is not None:
+                value = site.output(index) if isinstance(edge, list) else site.node
+                self.add_total(Result("given", site.op.name, str(rule)), part, value, rule)
+        for operand, made in edges.items():
+            self.add_total(Result("taken", site.op.name, operand.node.name), made, operand.node, rule)
+
+    def add_total(self, result: Result, edge: fx.Node, value: fx.Node, rule: Rule) -> None:
+        made = self.emitter(total, edge) if rule.kind == "relevance" else self.emitter(total_of, edge, value)
+        self.results.append((result, made))
+
+    def enter_sinks(self, site: Site, rule: Rule, edge: Any, edges: dict[Operand, fx.Node]) -> None:
+        for kind, made in rule.sinks(site, edge, edges).items():
+            self.results.append((Result("sink", site.op.name, kind), made))

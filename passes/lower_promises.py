@@ -1,0 +1,87 @@
+"""lower_promises: every promise becomes a deferred buffer: free (a graph input), a view of one, or saved."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from lrp_compiler.passes.insert_relevance import promise
+from lrp_compiler.passes.optable import op_name
+from lrp_compiler.passes.program import FACTS, Buffer, Facts, Program, facts, tensor_of
+
+VIEWS = frozenset(
+    f"aten::{name}"
+    for name in "view transpose permute expand unsqueeze squeeze select slice t unflatten alias detach".split()
+)
+TUPLE_VIEWS = frozenset(f"aten::{name}" for name in "split split_with_sizes chunk unbind".split())
+
+
+def lower_promises(program: Program) -> Program:
+    """Replace promise nodes by the value they stand for, or by views taken of the base that is kept.
+
+    Afterwards relevance ops read forward nodes only where ``buffers`` lists them.
+    """
+    program = program.fork()
+    kinds: dict[fx.Node, tuple[str, list[str]]] = {}
+    replayed: dict[fx.Node, fx.Node] = {}
+    views: list[Buffer] = []
+    for node in [n for n in program.graph.nodes if n.target is promise]:
+        value = node.args[0]
+        assert isinstance(value, fx.Node)
+        readers = sorted({facts(user).origin for user in node.users})
+        base = _base(value)
+        kinds.setdefault(base, ("free" if base.op == "placeholder" else "saved", []))[1].extend(readers)
+        if base is not value:
+            views.append(_buffer(value, "view", readers, program))
+        node.replace_all_uses_with(_replay(program.graph, value, base, node, replayed))
+        program.graph.erase_node(node)
+    kept = [_buffer(base, kind, sorted(set(readers)), program) for base, (kind, readers) in kinds.items()]
+    return program.having(buffers=(*kept, *views))
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The node whose storage a chain of views shows."""
+    while True:
+        if op_name(node) in VIEWS:
+            parent = node.args[0]
+        elif node.target is operator.getitem and op_name(node.args[0]) in TUPLE_VIEWS:  # type: ignore[arg-type]
+            parent = node.args[0].args[0]  # type: ignore[union-attr]
+        else:
+            return node
+        assert isinstance(parent, fx.Node)
+        node = parent
+
+
+def _replay(
+    graph: fx.Graph, value: fx.Node, base: fx.Node, before: fx.Node, replayed: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """``value`` computed again from ``base`` by its views, once, placed among the relevance ops."""
+    if value is base:
+        return base
+    if value not in replayed:
+        parent = value.args[0]
+        assert isinstance(parent, fx.Node)
+        source = _replay(graph, parent, base, before, replayed)
+        with graph.inserting_before(before):
+            view = graph.node_copy(value, lambda old: source if old is parent else old)
+        view.meta[FACTS] = Facts(part="relevance", origin=value.name)
+        replayed[value] = view
+    return replayed[value]
+
+
+def _buffer(node: fx.Node, kind: str, readers: list[str], program: Program) -> Buffer:
+    value = tensor_of(node)
+    size = value.numel() * value.element_size() if kind == "saved" else 0
+    return Buffer(node.name, kind, size, str(value.dtype).removeprefix("torch."), tuple(value.shape), tuple(readers))  # type: ignore[arg-type]
+
+
+def saved_values(program: Program) -> list[str]:
+    """The forward nodes whose values outlive the forward pass for relevance alone."""
+    return [buffer.name for buffer in program.buffers if buffer.kind == "saved"]
+
+
+def free_values(program: Program) -> list[str]:
+    """The graph inputs that the relevance pass reads."""
+    return [buffer.name for buffer in program.buffers if buffer.kind == "free"]
+

@@ -1,0 +1,118 @@
+"""The pipeline, top to bottom; no pass registers itself and the order stands here alone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lrp_compiler.passes.analyse import analyse
+from lrp_compiler.passes.assign_rules import assign_rules
+from lrp_compiler.passes.canonicalise import attends_with_learned_mask, canonicalise
+from lrp_compiler.passes.capture import capture
+from lrp_compiler.passes.clean import clean
+from lrp_compiler.passes.codegen import Executable, codegen
+from lrp_compiler.passes.functionalise import functionalise
+from lrp_compiler.passes.insert_relevance import insert_relevance
+from lrp_compiler.passes.lower_promises import lower_promises
+from lrp_compiler.passes.partition import forward_only, partition
+from lrp_compiler.passes.printer import print_program
+from lrp_compiler.passes.program import Program, Request
+from lrp_compiler.passes.recognise import recognise
+from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.passes.simplify import simplify
+from lrp_compiler.passes.verify import verify
+
+logger = logging.getLogger(__name__)
+Pass = Callable[..., Program]
+
+CAPTURE: tuple[Pass, ...] = (capture, clean, functionalise, canonicalise, recognise)
+"""A call of a module -> its forward graph; depends on the call alone."""
+
+EXPLAIN: tuple[Pass, ...] = (analyse, assign_rules)
+"""... -> each op's rule; depends on the attributed inputs and the composite."""
+
+EMIT: tuple[Pass, ...] = (insert_relevance, simplify, lower_promises, partition)
+"""... -> forward and relevance graph; depends on what was asked for. Then codegen."""
+
+PIPELINE: tuple[Pass, ...] = (*CAPTURE, *EXPLAIN, *EMIT)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pass made, how long it took and whether it changed the program."""
+
+    name: str
+    milliseconds: float
+    nodes: int
+    changed: bool
+    program: Program
+
+    def text(self, *, sources: bool = True) -> str:
+        """The stage as a Python program under a line of provenance."""
+        return f"# {self.name}\n{print_program(self.program, sources=sources)}"
+
+    def __str__(self) -> str:
+        changed = "changed" if self.changed else "unchanged"
+        return f"# {self.name} (took {self.milliseconds:.1f} ms, {self.nodes} nodes, {changed})\n" + print_program(
+            self.program
+        )
+
+
+def run(one: Pass, history: tuple[Stage, ...], *inputs: Any) -> tuple[Stage, ...]:
+    """Run a pass on the last stage of ``history`` (or on ``inputs`` alone), time it and verify what it made."""
+    before = history[-1].program if history else None
+    start = time.perf_counter()
+    program = one(*inputs) if before is None else one(before, *inputs)
+    milliseconds = (time.perf_counter() - start) * 1e3
+    name = one.__name__
+    verify(program, name)
+    nodes = len(program.graph.nodes) + (len(program.relevance_graph.nodes) if program.relevance_graph else 0)
+    logger.debug("%s took %.1f ms, %d nodes", name, milliseconds, nodes)
+    changed = before is None or program is not before
+    return (*history, Stage(name, milliseconds, nodes, changed, program))
+
+
+def capture_call(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    kept: frozenset[str] = frozenset(),
+    grad_enabled: bool = False,
+) -> tuple[Stage, ...]:
+    """The stages of CAPTURE for one call; ops named in ``kept`` are not taken apart."""
+    history = run(capture, (), model, args, kwargs)
+    for one in CAPTURE[1:]:
+        history = run(one, history, *((kept, grad_enabled) if one is canonicalise else ()))
+    return history
+
+
+def depends_on_grad_mode(captured: tuple[Stage, ...]) -> bool:
+    """Whether the call compiles to something else when gradients are recorded."""
+    before = next(stage for stage in captured if stage.name == functionalise.__name__)
+    return attends_with_learned_mask(before.program)
+
+
+def compile_forward(captured: tuple[Stage, ...]) -> Executable:
+    """Code for the forward pass alone."""
+    return codegen(forward_only(captured[-1].program))
+
+
+def explain(
+    captured: tuple[Stage, ...], attributed: tuple[str, ...] | None, choose: Callable[[Program], Composite]
+) -> tuple[Stage, ...]:
+    """The stages of EXPLAIN; ``choose`` picks the composite by what the analysed graph contains."""
+    history = run(analyse, captured, attributed)
+    return run(assign_rules, history, choose(history[-1].program))
+
+
+def emit(explained: tuple[Stage, ...], request: Request) -> tuple[tuple[Stage, ...], Executable]:
+    """The stages of EMIT for one request, and the code."""
+    history = run(insert_relevance, explained, request)
+    for one in EMIT[1:]:
+        history = run(one, history)
+    return history, codegen(history[-1].program)

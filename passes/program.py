@@ -1,0 +1,223 @@
+"""The compiler's intermediate representation: an ATen-level torch.fx graph plus what is known about it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lrp_compiler.passes.rules.base import Composite, Rule
+
+FACTS = "lrp"
+
+
+class InputKind(enum.Enum):
+    """Where the value of a graph input comes from at call time."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+    USER = "user"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One placeholder of the captured graph: its node name, kind and live name (or the constant itself)."""
+
+    node: str
+    kind: InputKind
+    target: str
+    constant: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A recognised group of ops that acts as one op: its kind, the nodes it reads and the rest of its data."""
+
+    kind: str
+    inputs: tuple[str, ...]
+    saved: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the passes know of a node; kept in ``node.meta['lrp']`` and replaced, never changed."""
+
+    part: Literal["forward", "seed", "relevance", "promise"] = "forward"
+    live: bool = False
+    flows: bool = False
+    pattern: Pattern | None = None
+    rule: Rule | None = None
+    origin: str = ""
+
+
+def facts(node: fx.Node) -> Facts:
+    """The facts of ``node`` (defaults when no pass has said anything yet)."""
+    found = node.meta.get(FACTS)
+    return found if isinstance(found, Facts) else Facts()
+
+
+def learn(node: fx.Node, **news: Any) -> None:
+    """Replace some of the facts of ``node``."""
+    node.meta[FACTS] = replace(facts(node), **news)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A graph input that the model changes in place, and the node that holds its value afterwards."""
+
+    input: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """One value a relevance graph returns: what kind, of which site or op, and its place in the output."""
+
+    kind: Literal["relevance", "coefficient", "sink", "given", "taken"]
+    site: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one relevance graph has to produce: for seeds at ``outputs``, results at ``sites``.
+
+    ``outputs`` are indices of output leaves; ``sites`` are pairs (node name, result kind). With ``sinks`` every
+    sink becomes a result, with ``ledger`` also what each op is given and passes on.
+    """
+
+    outputs: tuple[int, ...]
+    sites: tuple[tuple[str, Literal["relevance", "coefficient"]], ...]
+    sinks: bool = False
+    ledger: bool = False
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Where one promise is kept: ``free`` (a graph input), ``view`` of something kept, or ``saved``."""
+
+    name: str
+    kind: Literal["free", "view", "saved"]
+    bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A graph on its way through the pipeline; passes return a new one and leave theirs untouched.
+
+    ``sources`` maps each attributed user input to the nodes where its relevance is read: itself, or the embeddings
+    it indexes.
+    ``outputs`` holds, per leaf of the model's output tree, a node name or the constant itself. ``root`` owns the
+    sub-graphs of higher-order ops until ``canonicalise`` has inlined them. After ``partition`` ``graph`` is the
+    forward graph and ``relevance_graph`` the other half.
+    """
+
+    graph: fx.Graph
+    root: torch.nn.Module
+    fake_mode: FakeTensorMode
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str | Constant, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    mutations: tuple[Mutation, ...] = ()
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    attributed: tuple[str, ...] = ()
+    composite: Composite | None = None
+    conversions: tuple[str, ...] = ()
+    results: tuple[Result, ...] = ()
+    seeds: tuple[int, ...] = ()
+    buffers: tuple[Buffer, ...] = ()
+    relevance_graph: fx.Graph | None = None
+
+    def node(self, name: str) -> fx.Node:
+        """The node called ``name``; KeyError when there is none."""
+        for node in self.graph.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+    def nodes_by_name(self) -> dict[str, fx.Node]:
+        return {node.name: node for node in self.graph.nodes}
+
+    def fork(self, **changes: Any) -> Program:
+        """A copy whose graph may be rewritten without touching this program; node names are kept."""
+        return replace(self, graph=copy_graph(self.graph), **changes)
+
+    def having(self, **changes: Any) -> Program:
+        """This program with some fields replaced."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An output leaf that is not a tensor of the graph (None, a number, a string)."""
+
+    value: Any
+
+
+def copy_graph(source: fx.Graph) -> fx.Graph:
+    """A graph with the same nodes, names and metadata."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(source, values))
+    for old, new in values.items():
+        if new.name != old.name:
+            raise AssertionError(f"copying renamed {old.name} to {new.name}")
+    return graph
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value of ``node``: a FakeTensor, or a tuple of them for multi-output ops."""
+    return node.meta["val"]
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor:
+    """The fake tensor of a single-output node."""
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{node.name} is not a tensor but {type(value).__name__}")
+    return value
+
+
+def is_float(value: object) -> bool:
+    """Whether ``value`` is a tensor that can carry relevance (floating or complex)."""
+    return isinstance(value, torch.Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex)
+
+
+def carries_float(node: fx.Node) -> bool:
+    """Whether ``node`` holds a float tensor, or a tuple with one."""
+    value = node.meta.get("val")
+    return any(is_float(leaf) for leaf in pytree.tree_leaves(value))
+
+
+def forward_nodes(program: Program) -> Iterator[fx.Node]:
+    """The nodes that compute the model itself, in order."""
+    for node in program.graph.nodes:
+        if node.op != "output" and facts(node).part == "forward":
+            yield node
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """The graph's output node."""
+    return next(iter(reversed(graph.nodes)))
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost submodule whose call made ``node`` ('' for the model itself)."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    return str(list(stack.values())[-1][0])

@@ -1,0 +1,294 @@
+"""The reference: a slow, obvious relevance-space interpreter of an explained program (``reference=True``).
+
+It shares nothing with the compiled path but the graph and the choice of rules: no coefficients, no promises, every
+forward value kept, every rule as its paper writes it, with division by the output. Values that are exactly zero hand
+on nothing, so it needs no epsilon; run it in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from lrp_compiler.passes.errors import OptionValueError
+from lrp_compiler.passes.operation import Operand, Operation
+from lrp_compiler.passes.optable import op_name
+from lrp_compiler.passes.program import Program, facts, forward_nodes, is_float
+from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
+from lrp_compiler.passes.rules.base import Rule
+from lrp_compiler.passes.rules.elementwise import Identity, IdentityRelevance
+from lrp_compiler.passes.rules.gradient import Gradient
+from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, SoftmaxGradient
+from lrp_compiler.passes.rules.plain import Epsilon, Plain
+from lrp_compiler.passes.rules.product import Numerator, Uniform
+
+Relevances = dict[Operand, Tensor]
+
+
+def reference_relevance(
+    program: Program, inputs: list[Any], seeds: dict[int, Tensor], sites: list[str]
+) -> dict[str, Tensor]:
+    """Relevance at the nodes named in ``sites``, for coefficient seeds at output leaves; zeros where none arrives."""
+    values = _forward(program, inputs)
+    nodes = program.nodes_by_name()
+    arriving: dict[Any, Tensor] = {}
+    gradients = any(isinstance(facts(node).rule, Gradient) for node in program.graph.nodes)
+    for index, seed in seeds.items():
+        node = nodes[str(program.outputs[index])]
+        _add(arriving, node, seed if gradients else seed * values[node])
+    sources = {name for found in program.sources.values() for name in found}
+    for node in reversed(list(forward_nodes(program))):
+        rule = facts(node).rule
+        if node.name in sources or rule is None or not facts(node).flows:
+            continue
+        op = Operation(node, nodes)
+        outputs = _outputs_of(node, values, arriving)
+        if outputs is None:
+            continue
+        if node.target is operator.getitem:
+            _add(arriving, (node.args[0], node.args[1]), outputs[0])
+            continue
+        for operand, relevance in _propagate(rule, op, outputs, values).items():
+            _add(arriving, operand.node, relevance)
+    found = {name: arriving.get(nodes[name], torch.zeros_like(values[nodes[name]])) for name in sites}
+    times_input = gradients and program.composite is not None and program.composite.readout == "relevance"
+    return {name: value * values[nodes[name]] if times_input else value for name, value in found.items()}
+
+
+def _forward(program: Program, inputs: list[Any]) -> dict[fx.Node, Any]:
+    """Every value of the forward graph."""
+    values: dict[fx.Node, Any] = {}
+    supplied = iter(inputs)
+    with torch.no_grad():
+        for node in forward_nodes(program):
+            if node.op == "placeholder":
+                values[node] = next(supplied)
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values
+
+
+def _add(arriving: dict[Any, Tensor], key: Any, relevance: Tensor) -> None:
+    arriving[key] = arriving[key] + relevance if key in arriving else relevance
+
+
+def _outputs_of(node: fx.Node, values: dict[fx.Node, Any], arriving: dict[Any, Tensor]) -> list[Tensor] | None:
+    """The relevance at each float output of a node; None where none arrived."""
+    if isinstance(values[node], Tensor):
+        return [arriving[node]] if node in arriving else None
+    outputs = [value for value in values[node]]
+    if not any((node, index) in arriving for index in range(len(outputs))):
+        return None
+    return [
+        arriving.get((node, index), torch.zeros_like(value)) for index, value in enumerate(outputs) if is_float(value)
+    ]
+
+
+def _ratio(relevance: Tensor, z: Tensor) -> Tensor:
+    """R / z, nothing where z is zero."""
+    return torch.where(z == 0, 0, relevance / torch.where(z == 0, 1, z))
+
+
+def _propagate(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    formula = FORMULAS.get(type(rule))
+    if formula is None:
+        raise OptionValueError(name="reference", value=True, cause=f"the reference has no formula for rule '{rule}'")
+    return formula(rule, op, outputs, values)
+
+
+def _call(op: Operation, values: dict[fx.Node, Any], operands: tuple[Operand, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """Fresh leaves for ``operands`` and the op's float outputs computed from them."""
+    flat, tree = pytree.tree_flatten((op.args, op.kwargs))
+    flat = [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in flat]
+    leaves = [values[operand.node].detach().clone().requires_grad_() for operand in operands]
+    for operand, leaf in zip(operands, leaves, strict=True):
+        flat[operand.leaf] = leaf
+    args, kwargs = pytree.tree_unflatten(flat, tree)
+    results = pytree.tree_leaves(op.node.target(*args, **kwargs))  # type: ignore[operator]
+    return leaves, [result for result in results if is_float(result)]
+
+
+def _vjp(op: Operation, cotangents: list[Tensor], values: dict[fx.Node, Any], operands: tuple[Operand, ...]) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves, results = _call(op, values, operands)
+        pairs = [(z, c) for z, c in zip(results, cotangents, strict=True) if z.requires_grad]
+        grads = torch.autograd.grad([z for z, _ in pairs], leaves, [c for _, c in pairs], allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
+
+
+def _float_results(op: Operation, values: dict[fx.Node, Any]) -> list[Tensor]:
+    return [value for value in pytree.tree_leaves(values[op.node]) if is_float(value)]
+
+
+def _plain(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """R_x = x * VJP(R / z)."""
+    operands = rule.receivers(op)
+    ratios = [_ratio(r, z) for r, z in zip(outputs, _float_results(op, values), strict=True)]
+    return _times_input(operands, _vjp(op, ratios, values, operands), values)
+
+
+def _times_input(operands: tuple[Operand, ...], grads: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    return {o: torch.where(g == 0, 0, values[o.node] * g) for o, g in zip(operands, grads, strict=True)}
+
+
+def _epsilon(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """R_x = x * W^T (R / (z + eps sign(z)))."""
+    assert isinstance(rule, Epsilon)
+    z = values[op.node]
+    operands = rule.receivers(op)
+    ratio = outputs[0] / (z + rule.epsilon * torch.where(z >= 0, 1.0, -1.0))
+    return _times_input(operands, _vjp(op, [ratio], values, operands), values)
+
+
+def _uniform(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """The plain rule, split evenly over the factors that relevance flows to."""
+    factors = op.flowing_factors
+    plain = _plain(rule, op, outputs, values)
+    return {o: r / len(factors) if o in factors else r for o, r in plain.items()}
+
+
+def _pass(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """R_x = R_y."""
+    return {operand: outputs[0] for operand in rule.receivers(op)}
+
+
+def _numerator(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """R_y summed to the numerator's shape."""
+    return {o: outputs[0].sum_to_size(values[o.node].shape) for o in rule.receivers(op)}
+
+
+def _layer_norm(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """The ratio rule on y = (x - mean(x)) * constant * w + b."""
+    (operand,) = rule.receivers(op)
+    grouped = op_name(op.node) == "aten::native_group_norm"
+    x = values[operand.node].detach().clone().requires_grad_()
+    y = values[op.node][0]
+    with torch.enable_grad():
+        if grouped:
+            groups, eps = op.args[6], op.args[7]
+            split = x.reshape(x.shape[0], groups, -1)
+            normalised = _centred(split, [-1], eps).reshape(x.shape)
+            shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
+            weight = _maybe(op.args[1], values)
+            scaled = normalised if weight is None else normalised * weight.view(shape)
+        else:
+            dims, weight = list(range(-len(op.args[1]), 0)), _maybe(op.args[2], values)
+            normalised = _centred(x, dims, op.args[4])
+            scaled = normalised if weight is None else normalised * weight
+        (grad,) = torch.autograd.grad(scaled, x, _ratio(outputs[0], y))
+    return {operand: x.detach() * grad}
+
+
+def _centred(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    """(x - mean) / std with the deviation held constant."""
+    variance = x.detach().var(dims, unbiased=False, keepdim=True)
+    return (x - x.mean(dims, keepdim=True)) / torch.sqrt(variance + eps)
+
+
+def _maybe(node: fx.Node | None, values: dict[fx.Node, Any]) -> Tensor | None:
+    return None if node is None else values[node]
+
+
+def _batch_norm(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """R_x = x * (w / std) * R / y per channel."""
+    (operand,) = rule.receivers(op)
+    x, weight = values[operand.node], _maybe(op.args[1], values)
+    _, _, _, _, variance, training, _, eps = op.args
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    spread = x.var(dims, unbiased=False) if training else values[variance]
+    scale = (1 if weight is None else weight) / torch.sqrt(spread + eps)
+    shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
+    return {operand: x * scale.view(shape) * _ratio(outputs[0], values[op.node][0])}
+
+
+def _softmax(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """AttnLRP Prop. 3.1: R_x = x (R - s sum(R)); for log-softmax the ratio rule."""
+    (operand,) = rule.receivers(op)
+    if "log_softmax" in op_name(op.node):
+        return _plain(rule, op, outputs, values)
+    x, s, dim = values[operand.node], values[op.node], op.args[1]
+    share = outputs[0] - s * outputs[0].sum(dim, keepdim=True)
+    return {operand: torch.where(torch.isinf(x), 0, x * share)}
+
+
+def _attention(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """The chain product, mask, softmax, product, each by its own rule in relevance space."""
+    operands = {operand.argument: operand for operand in rule.receivers(op)}
+    query, key, value = (values[argument] for argument in op.args[:3])
+    shared_heads = key.dim() > 3 and key.shape[-3] != query.shape[-3]
+    group = query.shape[-3] // key.shape[-3] if shared_heads else 1
+    key_full, value_full = (t.repeat_interleave(group, -3) if shared_heads else t for t in (key, value))
+    scale = op.kwargs.get("scale") or 1 / math.sqrt(query.shape[-1])
+    scores = scale * query @ key_full.mT
+    masked = scores + _mask(op, scores, values)
+    weights = torch.nan_to_num(torch.softmax(masked, -1))
+    result = weights @ value_full
+    ratio = _ratio(outputs[0], result)
+    on_scores = isinstance(rule, Attention) and not isinstance(rule, AttentionValueOnly)
+    scored = [side for side in (0, 1) if side in operands]
+    split = 2 if 2 in operands and scored and on_scores else 1
+    found: Relevances = {}
+    if 2 in operands:
+        found[operands[2]] = _ungroup(value_full * (weights.mT @ (ratio / split)), group)
+    if scored and on_scores:
+        r_weights = weights * ((ratio / split) @ value_full.mT)
+        share = r_weights - weights * r_weights.sum(-1, keepdim=True)
+        r_masked = torch.where(torch.isinf(masked), 0, masked * share)
+        r_scores = torch.where(torch.isinf(masked), 0, scores * _ratio(r_masked, masked))
+        each = scale * _ratio(r_scores, scores) / len(scored)
+        if 0 in operands:
+            found[operands[0]] = query * (each @ key_full)
+        if 1 in operands:
+            found[operands[1]] = _ungroup(key_full * (each.mT @ query), group)
+    return found
+
+
+def _ungroup(relevance: Tensor, group: int) -> Tensor:
+    """Sum over the query heads that share one key or value head."""
+    if group == 1:
+        return relevance
+    return relevance.unflatten(-3, (-1, group)).sum(-3)
+
+
+def _mask(op: Operation, scores: Tensor, values: dict[fx.Node, Any]) -> Tensor:
+    flash = op_name(op.node) == "aten::_scaled_dot_product_flash_attention_for_cpu"
+    mask = _maybe(op.kwargs.get("attn_mask") if flash else op.argument(3, "attn_mask"), values)
+    is_causal = op.argument(4 if flash else 5, "is_causal", False)
+    added = torch.zeros_like(scores)
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        added = added.masked_fill(future, -math.inf)
+    if mask is not None:
+        added = added.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else added + mask
+    return added
+
+
+def _gradient(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """The ordinary derivative."""
+    operands = rule.receivers(op)
+    return dict(zip(operands, _vjp(op, outputs, values, operands), strict=True))
+
+
+FORMULAS: dict[type[Rule], Callable[[Rule, Operation, list[Tensor], dict[fx.Node, Any]], Relevances]] = {
+    Plain: _plain,
+    Epsilon: _epsilon,
+    Uniform: _uniform,
+    Identity: _pass,
+    IdentityRelevance: _pass,
+    Numerator: _numerator,
+    LayerNorm: _layer_norm,
+    RMSNorm: _pass,
+    BatchNorm: _batch_norm,
+    SoftmaxGradient: _softmax,
+    Attention: _attention,
+    AttentionValueOnly: _attention,
+    Gradient: _gradient,
+}
+"""Rule -> its formula in relevance space."""

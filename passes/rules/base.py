@@ -1,0 +1,107 @@
+"""What a rule and a composite are; the rules themselves lie beside this file, one family each."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import fx
+
+from lrp_compiler.passes.optable import OpClass, op_name
+from lrp_compiler.passes.program import module_path
+
+if TYPE_CHECKING:
+    from lrp_compiler.passes.operation import Operand, Operation
+    from lrp_compiler.passes.site import Site
+
+EdgeKind = Literal["coefficient", "relevance"]
+Edges = dict["Operand", fx.Node]
+Sinks = dict[str, fx.Node]
+
+
+class Rule:
+    """How an op turns the edge of its output into edges of the operands that relevance can flow to.
+
+    ``kind`` is the edge kind a rule takes and gives. Subclasses are frozen dataclasses, so that two rules with the
+    same parameters are equal.
+    """
+
+    name: str = "rule"
+    kind: EdgeKind = "coefficient"
+
+    def receivers(self, op: Operation) -> tuple[Operand, ...]:
+        """The operands this rule hands relevance to, among those it can flow to."""
+        return op.flowing
+
+    def propagate(self, site: Site, edge: Any) -> Edges:
+        """Emit the edges of the receivers; ``edge`` is a node, or one per output for multi-output ops."""
+        raise NotImplementedError
+
+    def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
+        """Emit what leaves the graph here, by name, as tensors that sum to it."""
+        return {}
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Matcher:
+    """Which ops a composite's line is for: every condition that is given has to hold.
+
+    ``target`` is a table name such as ``aten::relu``; ``path`` a glob over module paths; ``module_type`` the class
+    name of an enclosing module; ``where`` any further test of the operation.
+    """
+
+    op_classes: frozenset[OpClass] | None = None
+    target: str | None = None
+    path: str | None = None
+    module_type: str | None = None
+    where: Callable[[Operation], bool] | None = None
+
+    def matches(self, op: Operation) -> bool:
+        node = op.node
+        return (
+            (self.op_classes is None or op.op_class in self.op_classes)
+            and (self.target is None or op_name(node) == self.target)
+            and (self.path is None or fnmatch.fnmatchcase(module_path(node), self.path))
+            and (self.module_type is None or self.module_type in _enclosing_types(node))
+            and (self.where is None or self.where(op))
+        )
+
+
+def _enclosing_types(node: fx.Node) -> set[str]:
+    stack = node.meta.get("nn_module_stack") or {}
+    return {str(kind).rpartition(".")[2].rstrip("'>") for _, kind in stack.values()}
+
+
+def on(*op_classes: OpClass, **conditions: Any) -> Matcher:
+    """A matcher for ops of these classes."""
+    return Matcher(op_classes=frozenset(op_classes) if op_classes else None, **conditions)
+
+
+@dataclass(frozen=True)
+class Composite:
+    """A named, ordered list of (matcher, rule): the first line that matches an op decides.
+
+    ``readout`` says what the result is: ``relevance`` (activation times coefficient) or ``coefficient``.
+    ``conserves`` says whether every sink has a name, so that the ledger can be demanded to close. Without
+    ``patterns`` recognised groups (RMSNorm, tanh GELU) are treated op by op. ``reason`` says why "auto" chose it.
+    """
+
+    name: str
+    lines: tuple[tuple[Matcher, Rule], ...]
+    readout: EdgeKind = "relevance"
+    conserves: bool = True
+    patterns: bool = True
+    reason: str = ""
+
+    def rule_for(self, op: Operation) -> Rule | None:
+        """The rule of the first line that matches, or None."""
+        return next((rule for matcher, rule in self.lines if matcher.matches(op)), None)
+
+    def override(self, *lines: tuple[Matcher, Rule], name: str | None = None) -> Composite:
+        """This composite with lines that are tried before its own."""
+        return replace(self, name=name or f"{self.name}+", lines=(*lines, *self.lines))

@@ -1,0 +1,57 @@
+"""Elementwise nonlinearities: the identity rule, as a gate where f(x) = x g(x), else on relevance (RULES.md 1.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrp_compiler.kernels.gates import GATES
+from lrp_compiler.passes.operation import Operand, Operation
+from lrp_compiler.passes.optable import op_name
+from lrp_compiler.passes.rules.base import EdgeKind, Edges, Rule
+from lrp_compiler.passes.site import Site
+
+aten = torch.ops.aten
+
+
+def gated(gate: Callable[..., Tensor], c: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """c * g(x)."""
+    return c * gate(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Identity(Rule):
+    """R_x = R_y in coefficient space: c_x = c_y g(x), g from the table of gates; no division (P4)."""
+
+    name: str = "identity"
+
+    def receivers(self, op: Operation) -> tuple[Operand, ...]:
+        return op.flowing[:1]
+
+    def propagate(self, site: Site, edge: Any) -> Edges:
+        (receiver,) = self.receivers(site.op)
+        key = op_name(site.node)
+        if key == "aten::relu":
+            # The mask of y > 0 is that of x > 0, and ATen has it fused with the product.
+            made = site.emitter.call(aten.threshold_backward.default, edge, site.node, 0)
+        else:
+            made = site.emit(gated, GATES[key], edge, site.op.args, site.op.kwargs)
+        return {receiver: made}
+
+
+@dataclass(frozen=True)
+class IdentityRelevance(Rule):
+    """R_x = R_y as relevance, for f(0) != 0, where no coefficient exists at x = 0."""
+
+    name: str = "identity_relevance"
+    kind: EdgeKind = "relevance"
+
+    def receivers(self, op: Operation) -> tuple[Operand, ...]:
+        return op.flowing[:1]
+
+    def propagate(self, site: Site, edge: Any) -> Edges:
+        return {receiver: edge for receiver in self.receivers(site.op)}

@@ -1,0 +1,40 @@
+"""The ordinary gradient of every op, for the composites gradient and input_x_gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lrp_compiler.passes.operation import Operand, Operation
+from lrp_compiler.passes.optable import OpClass
+from lrp_compiler.passes.rules.attention import KEY, QUERY, VALUE, sinks_with_shares
+from lrp_compiler.passes.rules.base import Edges, Rule, Sinks
+from lrp_compiler.passes.rules.norm import BatchNorm, softmax_sink
+from lrp_compiler.passes.site import Site
+
+
+@dataclass(frozen=True)
+class Gradient(Rule):
+    """c_x = VJP(c), whatever the op."""
+
+    name: str = "gradient"
+
+    def receivers(self, op: Operation) -> tuple[Operand, ...]:
+        return op.flowing
+
+    def propagate(self, site: Site, edge: Any) -> Edges:
+        return site.vjp(edge, self.receivers(site.op))
+
+    def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
+        """c (f(x) - J x): a gradient does not conserve, and this is by how much."""
+        if not edges:
+            return {}
+        if site.op.op_class is OpClass.ATTENTION:
+            present = {operand.argument for operand in edges}
+            return sinks_with_shares(site, edge, {side: 1.0 for side in (QUERY, KEY, VALUE) if side in present})
+        if site.op.op_class is OpClass.SOFTMAX:
+            return softmax_sink(site, edge)
+        if site.op.op_class is OpClass.BATCH_NORM and not site.op.args[5]:
+            return BatchNorm().sinks(site, edge, edges)
+        first = edge[0] if isinstance(edge, list) else edge
+        return {"gradient": site.remainder(first, edges)} if first is not None else {}

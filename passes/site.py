@@ -1,0 +1,91 @@
+"""A site: one op during the reverse walk, and the primitives that rules are written in (RULES.md section 8)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from lrp_compiler.passes.operation import Operand, Operation
+from lrp_compiler.passes.program import FACTS, Facts, facts, is_float, value_of
+from lrp_compiler.passes.rules.base import Edges
+from lrp_compiler.passes.trace import Emitter
+from lrp_compiler.passes.vjp import EXPLICIT_VJPS, linear_remainder, pullback
+
+aten = torch.ops.aten
+
+
+class Site:
+    """An op whose relevance is being written; forward nodes given to ``emit`` become promises if they are read."""
+
+    def __init__(self, op: Operation, emitter: Emitter) -> None:
+        self.op = op
+        self.emitter = emitter
+
+    @property
+    def node(self) -> fx.Node:
+        return self.op.node
+
+    def emit(self, fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Append the ops of a plain torch function of nodes and constants."""
+        return self.emitter(fn, *args, **options)
+
+    def vjp(self, edge: Any, receivers: tuple[Operand, ...]) -> Edges:
+        """P1: the op's ordinary vector-Jacobian product for each receiver."""
+        if not receivers:
+            return {}
+        target = getattr(self.node.target, "_schema", None)
+        explicit = EXPLICIT_VJPS.get(target.name) if target is not None and self.op.pattern is None else None
+        edges: Edges = {}
+        if explicit is not None:
+            edges = {r: made for r in receivers if (made := explicit(self, edge, r)) is not None}
+        rest = tuple(receiver for receiver in receivers if receiver not in edges)
+        if rest:
+            leaves = tuple(receiver.leaf for receiver in rest)
+            outputs = self.float_outputs()
+            edges_of_outputs = edge if isinstance(edge, list) else [edge]
+            cotangents = [edges_of_outputs[index] for index in outputs]
+            results = self.emit(
+                pullback,
+                *(self.node.target, self.op.args, self.op.kwargs, leaves, cotangents, list(outputs.values())),
+                autograd=True,
+                rewire=True,
+            )
+            edges.update(zip(rest, results, strict=True))
+        return edges
+
+    def scale(self, edge: fx.Node, factor: float) -> fx.Node:
+        """P2: factor * c."""
+        return edge if factor == 1 else self.emitter.call(aten.mul.Tensor, edge, factor)
+
+    def float_outputs(self) -> dict[int, fx.Node]:
+        """The nodes that hold this op's float outputs, by output index."""
+        value = value_of(self.node)
+        if isinstance(value, torch.Tensor):
+            return {0: self.node}
+        return {index: self.output(index) for index, leaf in enumerate(value) if is_float(leaf)}
+
+    def output(self, index: int) -> fx.Node:
+        """Output ``index`` of a multi-output op as a node of the forward graph."""
+        return output_of(self.emitter.graph, self.node, index)
+
+    def remainder(self, edge: fx.Node, edges: Edges) -> fx.Node:
+        """c * (f(x) - J x): what a linearisation through the origin leaves of the output."""
+        leaves = tuple(receiver.leaf for receiver in edges)
+        arguments = (self.node.target, self.op.args, self.op.kwargs, leaves, edge)
+        return self.emit(linear_remainder, *arguments, autograd=True)  # type: ignore[no-any-return]
+
+
+def output_of(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
+    """The node that reads output ``index`` of ``node``; made, right behind it, where there is none."""
+    for user in node.users:
+        if user.target is operator.getitem and user.args[1] == index:
+            return user
+    with graph.inserting_after(node):
+        reader = graph.call_function(operator.getitem, (node, index))
+    value = value_of(node)[index]
+    reader.meta = {**node.meta, "val": value, FACTS: facts(node) if is_float(value) else Facts()}
+    return reader

@@ -1,0 +1,170 @@
+"""Tracing plain torch functions into ATen nodes of a graph, once per signature."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from lrp_compiler.passes.program import FACTS, Facts, value_of
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+Emitted = Any
+"""A node, None, or a tree of those: what a traced function returned."""
+
+
+def signature(value: object) -> object:
+    """What of a fake value decides how it traces: sizes, strides, dtype and device."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), value.stride(), value.dtype, value.device)
+    return value
+
+
+@dataclass
+class Emitter:
+    """Appends traced functions to ``graph`` before its output; one per pass run over one graph.
+
+    ``stamp`` is given to every node it makes, so that each names the op it came from.
+    """
+
+    graph: fx.Graph
+    fake_mode: FakeTensorMode
+    before: fx.Node
+    stamp: Facts = field(default_factory=Facts)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    _traces: dict[object, fx.GraphModule] = field(default_factory=dict)
+
+    def __call__(self, fn: Callable[..., Any], *args: Any, autograd: bool = False, rewire: bool = False, opened: Any = None) -> Emitted:
+        """Emit ``fn(*args)``; nodes among ``args`` stand for tensors, all else is constant.
+
+        ``fn`` is plain torch code and must be a module-level function (its identity is the cache key). With
+        ``autograd`` it may call torch.func.vjp or jvp inside; without, composite ops stay whole, except calls of
+        ``opened``, which are replaced by the ops they make. With ``rewire`` the function returns (result, values,
+        others): wherever one of the values is used, the other one at its place is used instead.
+        """
+        leaves, tree = pytree.tree_flatten(args)
+        nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+        traced = self._trace(fn, leaves, tree, nodes, autograd, rewire, opened)
+        return self.inline(traced, nodes)
+
+    def inline(self, traced: fx.GraphModule, nodes: list[fx.Node]) -> Emitted:
+        """Copy the nodes of ``traced`` here, with ``nodes`` in place of its placeholders."""
+        values: dict[fx.Node, Any] = {}
+        supplied = iter(nodes)
+        result: Emitted = None
+        with self.graph.inserting_before(self.before):
+            for node in traced.graph.nodes:
+                if node.op == "placeholder":
+                    given = next(supplied)
+                    values[node] = self.resolve(given) if node.users else None
+                elif node.op == "output":
+                    result = pytree.tree_map(lambda leaf: values.get(leaf, leaf), node.args[0])
+                elif node.op == "get_attr":
+                    raise AssertionError(f"traced code of {self.stamp.origin} creates the constant {node.target}")
+                else:
+                    values[node] = self._copy(node, values)
+        return result
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Emit one call of an ATen op, its fake value computed from its arguments."""
+        args, kwargs = fx.map_arg((args, kwargs), self.resolve)
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)
+        with self.fake_mode, torch.no_grad():
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        self._mark(node)
+        return node
+
+    def resolve(self, node: fx.Node) -> fx.Node:
+        """The node that stands for ``node`` where emitted code reads it."""
+        return node
+
+    def _copy(self, node: fx.Node, values: dict[fx.Node, Any]) -> fx.Node:
+        copied = self.graph.node_copy(node, lambda old: values[old])
+        copied.meta = {"val": node.meta["val"]}
+        self._mark(copied)
+        return copied
+
+    def _mark(self, node: fx.Node) -> None:
+        node.meta.update(self.provenance)
+        node.meta[FACTS] = self.stamp
+
+    def _trace(
+        self,
+        fn: Callable[..., Any],
+        leaves: list[Any],
+        tree: Any,
+        nodes: list[fx.Node],
+        autograd: bool,
+        rewire: bool,
+        opened: Any,
+    ) -> fx.GraphModule:
+        fakes = [value_of(node) for node in nodes]
+        frozen = tuple(signature(value_of(leaf)) if isinstance(leaf, fx.Node) else _static(leaf) for leaf in leaves)
+        key = (fn, frozen, tree, autograd, opened)
+        if key not in self._traces:
+            placed = _placer(fn, leaves, tree)
+            self._traces[key] = trace(placed, fakes, self.fake_mode, autograd=autograd, rewire=rewire, opened=opened)
+        return self._traces[key]
+
+
+def _static(leaf: Any) -> object:
+    """A hashable key for a constant argument that tells 1 from 1.0 and True."""
+    return (type(leaf), leaf)
+
+
+def _placer(fn: Callable[..., Any], leaves: list[Any], tree: Any) -> Callable[..., Any]:
+    """``fn`` as a function of its tensor arguments alone."""
+
+    def placed(*tensors: torch.Tensor) -> Any:
+        supplied = iter(tensors)
+        filled = [next(supplied) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        return fn(*pytree.tree_unflatten(filled, tree))
+
+    return placed
+
+
+def trace(
+    fn: Callable[..., Any],
+    fakes: list[torch.Tensor],
+    fake_mode: FakeTensorMode,
+    *,
+    autograd: bool = False,
+    rewire: bool = False,
+    opened: Any = None,
+) -> fx.GraphModule:
+    """Trace ``fn`` over tensors like ``fakes`` to ATen nodes; dead nodes are removed."""
+    with fake_mode, torch.no_grad():
+        fresh = [
+            torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device) for fake in fakes
+        ]
+        table = {opened: opened.decompose} if opened is not None else None
+        traced = make_fx(fn, decomposition_table=table, pre_dispatch=not autograd)(*fresh)
+        if any(getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in traced.graph.nodes):
+            traced = make_fx(torch.func.functionalize(fn, remove="mutations"))(*fresh)
+    if rewire:
+        _rewire(traced.graph)
+    traced.graph.eliminate_dead_code()
+    for node in traced.graph.nodes:
+        if node.target is operator.getitem and "val" not in node.meta:
+            node.meta["val"] = value_of(node.args[0])[node.args[1]]
+    return traced
+
+
+def _rewire(graph: fx.Graph) -> None:
+    """Put the known values in place of the recomputed ones that the traced function returned beside its result."""
+    output = next(iter(reversed(graph.nodes)))
+    result, recomputed, known = output.args[0]
+    for old, new in zip(recomputed, known, strict=True):
+        if isinstance(old, fx.Node) and isinstance(new, fx.Node) and old.op != "placeholder":
+            old.replace_all_uses_with(new)
+    output.args = (result,)
