@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lrp_compiler.passes.optable import classify
-from lrp_compiler.passes.program import Constant, Mutation, Program, carries_float, output_node, tensor_of, value_of
+from lrp_compiler.passes.program import Constant, Mutation, Program, carries_float, output_node, return_values, tensor_of, value_of
 from lrp_compiler.passes.trace import Emitter
 
 aten = torch.ops.aten
@@ -35,11 +35,12 @@ def canonicalise(program: Program, kept: frozenset[str] = frozenset(), grad_enab
     for node in list(program.graph.nodes):
         if node.op == "call_function":
             state.rewrite(node)
-    state.emitter.before = output_node(program.graph)
     outputs = tuple(leaf if isinstance(leaf, Constant) else state.renamed(leaf) for leaf in program.outputs)
     mutations = tuple(Mutation(m.input, state.renamed(m.value)) for m in program.mutations)
+    program = program.having(outputs=outputs, mutations=(*mutations, *state.mutations))
+    return_values(program)
     program.graph.eliminate_dead_code()
-    return program.having(outputs=outputs, mutations=(*mutations, *state.mutations))
+    return program
 
 
 class _State:
@@ -178,9 +179,9 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     if p == 1:
         return x * torch.zeros_like(x)
     if x.device.type == "cuda":
-        mask = aten.bernoulli.p(x, 1 - p)
+        mask = aten.bernoulli.p(x.detach(), 1 - p)
         return x * mask * (1 / (1 - p))
-    return x * aten.div.Scalar(aten.bernoulli.p(x, 1 - p), 1 - p)
+    return x * aten.div.Scalar(aten.bernoulli.p(x.detach(), 1 - p), 1 - p)
 
 
 def _attention(state: _State, node: fx.Node) -> fx.Node | None:
@@ -189,10 +190,10 @@ def _attention(state: _State, node: fx.Node) -> fx.Node | None:
     query, key, value, mask = (a[name] for name in ("query", "key", "value", "attn_mask"))
     if tensor_of(query).device.type != "cpu":
         return None
+    if mask is not None and tensor_of(mask).dtype == torch.bool:
+        mask = state.emitter(additive_mask, mask, tensor_of(query).dtype)
     mask_needs_grad = state.grad_enabled and mask is not None and depends_on_parameters(mask)
     if not mask_needs_grad and _eager_attention_is_flash(a):
-        if mask is not None and tensor_of(mask).dtype == torch.bool:
-            mask = state.emitter(additive_mask, mask, tensor_of(query).dtype)
         call = state.emitter.call(
             aten._scaled_dot_product_flash_attention_for_cpu.default,
             *(query, key, value, 0.0, a["is_causal"]),

@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.errors import UnsupportedMutationError, user_source
-from lrp_compiler.passes.program import Constant, Mutation, Program, value_of
+from lrp_compiler.passes.program import Constant, Mutation, Program, return_values, value_of
 
 aten = torch.ops.aten
 PERMUTING = frozenset({"aten::transpose", "aten::permute", "aten::t", "aten::movedim", "aten::swapaxes"})
@@ -62,7 +62,9 @@ class _Functionaliser:
         outputs = tuple(
             leaf if isinstance(leaf, Constant) else self.value(old[leaf]).name for leaf in self.program.outputs
         )
-        return self.program.having(graph=self.graph, mutations=mutations, outputs=outputs)
+        program = self.program.having(graph=self.graph, mutations=mutations, outputs=outputs)
+        return_values(program)
+        return program
 
     def root(self, node: fx.Node) -> fx.Node:
         """The node whose storage ``node`` shares."""

@@ -215,6 +215,14 @@ def output_node(graph: fx.Graph) -> fx.Node:
     return next(iter(reversed(graph.nodes)))
 
 
+def return_values(program: Program) -> None:
+    """Make the graph return its output leaves that are tensors, then the mutated values."""
+    nodes = program.nodes_by_name()
+    names = [leaf for leaf in program.outputs if not isinstance(leaf, Constant)]
+    names += [mutation.value for mutation in program.mutations]
+    output_node(program.graph).args = (tuple(nodes[name] for name in names),)
+
+
 def module_path(node: fx.Node) -> str:
     """The path of the innermost submodule whose call made ``node`` ('' for the model itself)."""
     stack = node.meta.get("nn_module_stack")

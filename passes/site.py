@@ -84,8 +84,11 @@ def output_of(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
     for user in node.users:
         if user.target is operator.getitem and user.args[1] == index:
             return user
+    # The name is the same for every request, since a tape keeps saved values by name.
+    name = f"{node.name}_output{index}"
     with graph.inserting_after(node):
-        reader = graph.call_function(operator.getitem, (node, index))
+        reader = graph.create_node("call_function", operator.getitem, (node, index), name=name)
+    assert reader.name == name, f"{name} is taken"
     value = value_of(node)[index]
     reader.meta = {**node.meta, "val": value, FACTS: facts(node) if is_float(value) else Facts()}
     return reader

@@ -1,0 +1,229 @@
+"""Epsilon-LRP on convolutional networks against zennit 0.5.1 (Anders et al. 2021).
+
+Zennit hooks modules and works on relevances; we rewrite the graph and work on coefficients. Both stabilise z to
+z + epsilon sign(z) with sign(0) = +1, so with the same epsilon they are the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peers import (
+    relative_error,
+    zennit_attribution,
+    zennit_canonizers,
+    zennit_composites,
+    zennit_layer,
+    zennit_rules,
+    zennit_types,
+)
+from torch import Tensor, nn
+
+from lrp_compiler import compile_for_lrp, composites
+
+EPSILON = 1e-6
+"""Zennit's own default; given to both sides."""
+
+AGAINST_ZERO = 1e-30
+"""Stabiliser of zennit's sums and averages: our epsilon is for linear maps, and 0/0 alone needs one elsewhere."""
+
+FLOAT32 = 1e-5
+"""Zennit divides by activations layer by layer, so float32 leaves about eps * |a / z|: 3e-6 measured on CNNs."""
+
+FLOAT64 = 1e-10
+"""The same rule with the same epsilon: nothing but rounding is left in float64."""
+
+TOLERANCES = {torch.float32: FLOAT32, torch.float64: FLOAT64}
+
+CLASSES = 5
+
+
+def zennit_epsilon(model: nn.Module, x: Tensor, target: int, *, canonical: bool = True) -> Tensor:
+    """Zennit's relevance of x: Epsilon on layers with weights, Norm on sums and averages, Pass on the rest.
+
+    ``canonical`` folds batch norms into the convolutions before them, as zennit recommends.
+    """
+    layer_map = [
+        (zennit_types.Activation, zennit_rules.Pass()),
+        (zennit_types.BatchNorm, zennit_rules.Pass()),
+        (zennit_types.AvgPool, zennit_rules.Norm(stabilizer=AGAINST_ZERO)),
+        (zennit_layer.Sum, zennit_rules.Norm(stabilizer=AGAINST_ZERO)),
+        (zennit_types.Linear, zennit_rules.Epsilon(epsilon=EPSILON)),
+    ]
+    canonizers = [zennit_canonizers.SequentialMergeBatchNorm()] if canonical else []
+    composite = zennit_composites.LayerMapComposite(layer_map, canonizers=canonizers)
+
+    def seed(output: Tensor) -> Tensor:
+        return output.detach() * torch.eye(CLASSES, dtype=output.dtype)[target]
+
+    with zennit_attribution.Gradient(model, composite, attr_output=seed) as attributor:
+        _, relevance = attributor(x.clone().requires_grad_())
+    return relevance.detach()
+
+
+def ours(model: nn.Module, x: Tensor, target: int) -> Tensor:
+    """Our relevance of x with the same epsilon."""
+    return compile_for_lrp(model, composites.epsilon(EPSILON)).attribute(x, target)
+
+
+def plain_cnn() -> nn.Module:
+    """Strides, padding, groups, biases and both kinds of pooling."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4),
+        nn.ReLU(),
+        nn.MaxPool2d(3, stride=2, padding=1),
+        nn.Conv2d(8, 12, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(48, 16),
+        nn.ReLU(),
+        nn.Linear(16, CLASSES),
+    )
+
+
+def conv1d_net() -> nn.Module:
+    """Convolution and transposed convolution over sequences."""
+    return nn.Sequential(
+        nn.Conv1d(3, 6, 5, stride=2),
+        nn.ReLU(),
+        nn.ConvTranspose1d(6, 4, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool1d(3),
+        nn.Flatten(),
+        nn.Linear(12, CLASSES),
+    )
+
+
+def smooth_mlp() -> nn.Module:
+    """Activations that zennit passes relevance through and whose derivative is not f(x)/x."""
+    return nn.Sequential(
+        nn.Linear(10, 16), nn.GELU(), nn.Linear(16, 12), nn.SiLU(), nn.Linear(12, 8), nn.Tanh()
+    ).append(nn.Linear(8, CLASSES))
+
+
+class ResidualBlock(nn.Module):
+    """conv-bn-relu-conv-bn plus a strided shortcut, the sum a module, as zennit needs it."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out)
+        )
+        self.sum = zennit_layer.Sum()
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        return self.relu2(self.sum(torch.stack([inner, self.shortcut(x)], -1)))
+
+
+class FunctionalBlock(ResidualBlock):
+    """The same block with ``+`` for its sum, which no hook sees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))) + self.shortcut(x))
+
+
+def resnet(block: type[ResidualBlock] = ResidualBlock) -> nn.Module:
+    """A stem and two residual blocks with batch norms whose statistics are not trivial."""
+    stem = [nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)]
+    model = nn.Sequential(*stem, block(4, 4, 1), block(4, 8, 2), *head)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "plain_cnn": (plain_cnn, (2, 3, 16, 16)),
+    "conv1d_net": (conv1d_net, (2, 3, 17)),
+    "smooth_mlp": (smooth_mlp, (3, 10)),
+    "resnet": (resnet, (2, 3, 12, 12)),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_epsilon_is_zennits(name: str, dtype: torch.dtype) -> None:
+    make, shape = NETWORKS[name]
+    model, x = make().to(dtype), torch.randn(shape, dtype=dtype)
+    for target in range(CLASSES):
+        assert relative_error(ours(model, x, target), zennit_epsilon(model, x, target)) <= TOLERANCES[dtype]
+
+
+def test_the_limit_epsilon_to_zero_is_close_to_zennits_epsilon() -> None:
+    """LRP-0 drops the stabiliser; in float64 what remains is of the order epsilon / |z|, and vanishes with it."""
+    model, x = plain_cnn().double(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    limit = compile_for_lrp(model, "epsilon").attribute(x, 1)
+    stabilised = zennit_epsilon(model, x, 1)
+    smallest = min(float(layer_output.abs().min()) for layer_output in weighted_outputs(model, x))
+    depth = sum(isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in model)
+    assert 0 < relative_error(stabilised, limit) <= 2 * depth * EPSILON / smallest
+
+
+def weighted_outputs(model: nn.Sequential, x: Tensor) -> list[Tensor]:
+    """The outputs of the layers with weights."""
+    found = []
+    for layer in model:
+        x = layer(x)
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            found.append(x.detach())
+    return found
+
+
+def test_functional_sum_is_the_module_sum_for_us() -> None:
+    """The graph knows the add however it is spelled."""
+    modules = resnet().double()
+    functional = resnet(FunctionalBlock).double()
+    functional.load_state_dict(modules.state_dict())
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    assert relative_error(ours(functional, x, 0), ours(modules, x, 0)) <= FLOAT64
+
+
+def test_zennit_doubles_relevance_at_functional_sums() -> None:
+    """Zennit sees modules only: ``+`` keeps its plain gradient, which copies relevance to both branches.
+
+    One identity-like block y = x / 2 + x / 2 without biases shows it: zennit returns twice the output's relevance,
+    we return it once.
+    """
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = (
+                nn.Linear(CLASSES, CLASSES, bias=False, dtype=torch.float64) for _ in range(2)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.left(x) + self.right(x)
+
+    model, x = Halves(), torch.randn(1, CLASSES, dtype=torch.float64)
+    given = model(x)[0, 2].detach()
+    # Each side loses epsilon / |z| of its share and no more.
+    assert torch.isclose(zennit_epsilon(model, x, 2).sum(), 2 * given, rtol=1e-4)
+    assert torch.isclose(ours(model, x, 2).sum(), given, rtol=1e-4)
+
+
+def test_zennit_without_canonizer_passes_through_batch_norm() -> None:
+    """Unfolded, zennit hands batch norm's relevance on unchanged (Pass), so its shift keeps no share of it.
+
+    We treat it as the affine map it is, which is what folding it into the convolution gives.
+    """
+    model, x = resnet().double(), torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    folded = zennit_epsilon(model, x, 0)
+    assert relative_error(ours(model, x, 0), folded) <= FLOAT64
+    assert relative_error(zennit_epsilon(model, x, 0, canonical=False), folded) > 0.1
