@@ -49,7 +49,7 @@ class _State:
     def __init__(self, program: Program, kept: frozenset[str], grad_enabled: bool) -> None:
         self.kept = kept
         self.grad_enabled = grad_enabled
-        self.emitter = Emitter(program.graph, program.fake_mode, output_node(program.graph))
+        self.emitter = Emitter(program.graph, program.fake_mode, output_node(program.graph), program.traces)
         self.replaced: dict[str, str] = {}
         self.mutations: list[Mutation] = []
 

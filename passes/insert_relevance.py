@@ -92,7 +92,7 @@ class _Inserter:
         self.program = program
         self.request = request
         self.nodes = program.nodes_by_name()
-        self.emitter = RelevanceEmitter(program.graph, program.fake_mode, output_node(program.graph))
+        self.emitter = RelevanceEmitter(program.graph, program.fake_mode, output_node(program.graph), program.traces)
         self.emitter.promises = {}
         self.pending: Pending = {}
         self.tuples: dict[fx.Node, dict[int, list[tuple[fx.Node, EdgeKind]]]] = {}

@@ -122,7 +122,8 @@ class Program:
     it indexes.
     ``outputs`` holds, per leaf of the model's output tree, a node name or the constant itself. ``root`` owns the
     sub-graphs of higher-order ops until ``canonicalise`` has inlined them. After ``partition`` ``graph`` is the
-    forward graph and ``relevance_graph`` the other half.
+    forward graph and ``relevance_graph`` the other half. ``traces`` caches traced functions by signature and is
+    shared by all programs that come from one capture.
     """
 
     graph: fx.Graph
@@ -141,6 +142,7 @@ class Program:
     seeds: tuple[int, ...] = ()
     buffers: tuple[Buffer, ...] = ()
     relevance_graph: fx.Graph | None = None
+    traces: dict[object, fx.GraphModule] = field(default_factory=dict, compare=False, repr=False)
 
     def node(self, name: str) -> fx.Node:
         """The node called ``name``; KeyError when there is none."""

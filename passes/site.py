@@ -13,7 +13,8 @@ from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.program import FACTS, Facts, facts, is_float, value_of
 from lrp_compiler.passes.rules.base import Edges
 from lrp_compiler.passes.trace import Emitter
-from lrp_compiler.passes.vjp import EXPLICIT_VJPS, linear_remainder, pullback
+from lrp_compiler.passes.transposes import TRANSPOSES
+from lrp_compiler.passes.vjp import linear_remainder, pullback
 
 aten = torch.ops.aten
 
@@ -38,7 +39,7 @@ class Site:
         if not receivers:
             return {}
         target = getattr(self.node.target, "_schema", None)
-        explicit = EXPLICIT_VJPS.get(target.name) if target is not None and self.op.pattern is None else None
+        explicit = TRANSPOSES.get(target.name) if target is not None and self.op.pattern is None else None
         edges: Edges = {}
         if explicit is not None:
             edges = {r: made for r in receivers if (made := explicit(self, edge, r)) is not None}

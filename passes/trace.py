@@ -32,15 +32,16 @@ def signature(value: object) -> object:
 class Emitter:
     """Appends traced functions to ``graph`` before its output; one per pass run over one graph.
 
-    ``stamp`` is given to every node it makes, so that each names the op it came from.
+    ``stamp`` is given to every node it makes, so that each names the op it came from; ``traces`` remembers what was
+    traced before.
     """
 
     graph: fx.Graph
     fake_mode: FakeTensorMode
     before: fx.Node
+    traces: dict[object, fx.GraphModule]
     stamp: Facts = field(default_factory=Facts)
     provenance: dict[str, Any] = field(default_factory=dict)
-    _traces: dict[object, fx.GraphModule] = field(default_factory=dict)
 
     def __call__(self, fn: Callable[..., Any], *args: Any, autograd: bool = False, rewire: bool = False, opened: Any = None) -> Emitted:
         """Emit ``fn(*args)``; nodes among ``args`` stand for tensors, all else is constant.
@@ -111,10 +112,10 @@ class Emitter:
         fakes = [value_of(node) for node in nodes]
         frozen = tuple(signature(value_of(leaf)) if isinstance(leaf, fx.Node) else _static(leaf) for leaf in leaves)
         key = (fn, frozen, tree, autograd, opened)
-        if key not in self._traces:
+        if key not in self.traces:
             placed = _placer(fn, leaves, tree)
-            self._traces[key] = trace(placed, fakes, self.fake_mode, autograd=autograd, rewire=rewire, opened=opened)
-        return self._traces[key]
+            self.traces[key] = trace(placed, fakes, self.fake_mode, autograd=autograd, rewire=rewire, opened=opened)
+        return self.traces[key]
 
 
 def _static(leaf: Any) -> object:

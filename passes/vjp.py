@@ -1,24 +1,15 @@
-"""The transpose of any ATen op: written out for products, traced from torch's own derivative for the rest."""
+"""The transpose of any ATen op, traced from torch's own derivative of that op."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.kernels.linear import convolution_transpose, linear_transpose, matmul_left, matmul_right
-from lrp_compiler.kernels.pooling import max_pool_transpose
-from lrp_compiler.passes.program import is_float, tensor_of
-
-if TYPE_CHECKING:
-    from lrp_compiler.passes.operation import Operand
-    from lrp_compiler.passes.site import Site
-
-ExplicitVjp = Callable[["Site", Any, "Operand"], fx.Node | None]
+from lrp_compiler.passes.program import is_float
 
 
 def _filled(args: Any, kwargs: Any, leaves: tuple[int, ...]) -> tuple[list[Any], Callable[..., list[Any]]]:
@@ -77,74 +68,3 @@ def linear_remainder(target: Any, args: Any, kwargs: Any, leaves: tuple[int, ...
     _, transposed = torch.func.vjp(pull, torch.zeros_like(result))
     (linear,) = transposed(directions)
     return c * (result - linear)
-
-
-def _linear(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
-    if receiver.argument != 0:
-        return None
-    return site.emit(linear_transpose, edge, site.op.args[1])  # type: ignore[no-any-return]
-
-
-def _matmul(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
-    left, right = site.op.args[:2]
-    if tensor_of(left).dim() < 2 or tensor_of(left).shape[:-2] != tensor_of(right).shape[:-2]:
-        return None
-    if receiver.argument == 0:
-        return site.emit(matmul_left, edge, right)  # type: ignore[no-any-return]
-    return site.emit(matmul_right, edge, left)  # type: ignore[no-any-return]
-
-
-def _convolution(dims: int, transposed: bool) -> ExplicitVjp:
-    def transpose(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
-        op = site.op
-        shape = list(tensor_of(op.args[0]).shape)
-        padding = op.argument(4, "padding", 0)
-        if receiver.argument != 0 or len(shape) != dims + 2 or isinstance(padding, str):
-            return None
-        groups_at, dilation_at = (6, 7) if transposed else (6, 5)
-        output_padding = op.argument(5, "output_padding", 0) if transposed else 0
-        options = (
-            _spread(op.argument(3, "stride", 1), dims),
-            _spread(padding, dims),
-            _spread(op.argument(dilation_at, "dilation", 1), dims),
-            transposed,
-            _spread(output_padding, dims),
-            op.argument(groups_at, "groups", 1),
-        )
-        return site.emit(convolution_transpose, edge, op.args[1], shape, *options)  # type: ignore[no-any-return]
-
-    return transpose
-
-
-def _spread(value: int | list[int], dims: int) -> list[int]:
-    """One number per spatial dimension."""
-    sizes = [value] if isinstance(value, int) else list(value)
-    return sizes * dims if len(sizes) == 1 else sizes
-
-
-def _max_pool(dims: int) -> ExplicitVjp:
-    def transpose(site: Site, edge: list[fx.Node | None], receiver: Operand) -> fx.Node | None:
-        shape = list(tensor_of(receiver.node).shape)
-        if edge[0] is None or math.prod(shape) == 0:
-            return None
-        indices = site.output(1)
-        return site.emit(max_pool_transpose, edge[0], indices, shape, dims)  # type: ignore[no-any-return]
-
-    return transpose
-
-
-EXPLICIT_VJPS: dict[str, ExplicitVjp] = {
-    "aten::linear": _linear,
-    "aten::matmul": _matmul,
-    "aten::bmm": _matmul,
-    "aten::mm": _matmul,
-    "aten::conv1d": _convolution(1, False),
-    "aten::conv2d": _convolution(2, False),
-    "aten::conv3d": _convolution(3, False),
-    "aten::conv_transpose1d": _convolution(1, True),
-    "aten::conv_transpose2d": _convolution(2, True),
-    "aten::conv_transpose3d": _convolution(3, True),
-    "aten::max_pool2d_with_indices": _max_pool(2),
-    "aten::max_pool3d_with_indices": _max_pool(3),
-}
-"""ATen ops whose transpose is written out, so that it reads no activation it does not need."""

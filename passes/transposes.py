@@ -1,0 +1,147 @@
+"""Transposes written out: ops whose VJP is one or two calls, or reads fewer values than torch's own derivative.
+
+What is not here is traced from torch's derivative (vjp.py); a form returns None for a call it does not fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from lrp_compiler.kernels.linear import convolution_transpose, linear_transpose, matmul_left, matmul_right
+from lrp_compiler.kernels.pooling import max_pool_transpose
+from lrp_compiler.passes.program import tensor_of
+
+if TYPE_CHECKING:
+    from lrp_compiler.passes.operation import Operand
+    from lrp_compiler.passes.site import Site
+
+aten = torch.ops.aten
+Transpose = Callable[["Site", Any, "Operand"], fx.Node | None]
+
+
+def _linear(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    if receiver.argument != 0:
+        return None
+    return site.emit(linear_transpose, edge, site.op.args[1])  # type: ignore[no-any-return]
+
+
+def _matmul(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    left, right = site.op.args[:2]
+    if tensor_of(left).dim() < 2 or tensor_of(left).shape[:-2] != tensor_of(right).shape[:-2]:
+        return None
+    if receiver.argument == 0:
+        return site.emit(matmul_left, edge, right)  # type: ignore[no-any-return]
+    return site.emit(matmul_right, edge, left)  # type: ignore[no-any-return]
+
+
+def _convolution(dims: int, transposed: bool) -> Transpose:
+    def transpose(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+        op = site.op
+        shape = list(tensor_of(op.args[0]).shape)
+        padding = op.argument(4, "padding", 0)
+        if receiver.argument != 0 or len(shape) != dims + 2 or isinstance(padding, str):
+            return None
+        groups_at, dilation_at = (6, 7) if transposed else (6, 5)
+        output_padding = op.argument(5, "output_padding", 0) if transposed else 0
+        options = (
+            _spread(op.argument(3, "stride", 1), dims),
+            _spread(padding, dims),
+            _spread(op.argument(dilation_at, "dilation", 1), dims),
+            transposed,
+            _spread(output_padding, dims),
+            op.argument(groups_at, "groups", 1),
+        )
+        return site.emit(convolution_transpose, edge, op.args[1], shape, *options)  # type: ignore[no-any-return]
+
+    return transpose
+
+
+def _spread(value: int | list[int], dims: int) -> list[int]:
+    """One number per spatial dimension."""
+    sizes = [value] if isinstance(value, int) else list(value)
+    return sizes * dims if len(sizes) == 1 else sizes
+
+
+def _max_pool(dims: int) -> Transpose:
+    def transpose(site: Site, edge: list[fx.Node | None], receiver: Operand) -> fx.Node | None:
+        shape = list(tensor_of(receiver.node).shape)
+        if edge[0] is None or math.prod(shape) == 0:
+            return None
+        indices = site.output(1)
+        return site.emit(max_pool_transpose, edge[0], indices, shape, dims)  # type: ignore[no-any-return]
+
+    return transpose
+
+
+def _reshaped(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    shape = list(tensor_of(receiver.node).shape)
+    if shape == list(tensor_of(edge).shape):
+        return edge
+    return site.emitter.call(aten.reshape.default, edge, shape)
+
+
+def _swapped(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    return site.emitter.call(aten.transpose.int, edge, *site.op.args[1:])
+
+
+def _permuted_back(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    order = [dim % tensor_of(edge).dim() for dim in site.op.args[1]]
+    return site.emitter.call(aten.permute.default, edge, [order.index(dim) for dim in range(len(order))])
+
+
+def _cast_back(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    before, after = tensor_of(receiver.node), tensor_of(edge)
+    if before.device != after.device:
+        return None
+    return edge if before.dtype == after.dtype else site.emitter.call(aten.to.dtype, edge, before.dtype)
+
+
+def _addend(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    """c for an addend that was not broadcast or promoted; alpha other than 1 is left to torch."""
+    one, edged = tensor_of(receiver.node), tensor_of(edge)
+    if one.shape != edged.shape or one.dtype != edged.dtype or site.op.kwargs.get("alpha", 1) != 1:
+        return None
+    negative = receiver.argument == 1 and site.node.target is aten.sub.Tensor
+    return site.emitter.call(aten.neg.default, edge) if negative else edge
+
+
+def _factor(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    """c times the other factor, where nothing was broadcast into this one."""
+    one, edged = tensor_of(receiver.node), tensor_of(edge)
+    if one.shape != edged.shape or one.dtype != edged.dtype:
+        return None
+    other = site.op.args[1 - int(receiver.argument)]
+    return site.emitter.call(aten.mul.Tensor, edge, other)
+
+
+TRANSPOSES: dict[str, Transpose] = {
+    **dict.fromkeys(
+        ("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten", "aten::clone"),
+        _reshaped,
+    ),
+    **dict.fromkeys(("aten::squeeze", "aten::unsqueeze", "aten::contiguous"), _reshaped),
+    "aten::transpose": _swapped,
+    "aten::permute": _permuted_back,
+    "aten::to": _cast_back,
+    "aten::add": _addend,
+    "aten::sub": _addend,
+    "aten::mul": _factor,
+    "aten::linear": _linear,
+    "aten::matmul": _matmul,
+    "aten::bmm": _matmul,
+    "aten::mm": _matmul,
+    "aten::conv1d": _convolution(1, False),
+    "aten::conv2d": _convolution(2, False),
+    "aten::conv3d": _convolution(3, False),
+    "aten::conv_transpose1d": _convolution(1, True),
+    "aten::conv_transpose2d": _convolution(2, True),
+    "aten::conv_transpose3d": _convolution(3, True),
+    "aten::max_pool2d_with_indices": _max_pool(2),
+    "aten::max_pool3d_with_indices": _max_pool(3),
+}
+"""ATen op -> its transpose for one operand."""
