@@ -52,7 +52,17 @@ def convolution_transpose(
     """
     shape_only = c.new_zeros(1).expand(input_shape)
     result: Any = aten.convolution_backward.default(
-        c, shape_only, weight, None, stride, padding, dilation, transposed, output_padding, groups, [True, False, False]
+        c,
+        shape_only,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        [True, False, False],
     )
     return result[0]  # type: ignore[no-any-return]
 

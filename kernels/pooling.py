@@ -14,4 +14,3 @@ def max_pool_transpose(c: Tensor, indices: Tensor, input_shape: list[int], spati
     """
     flat = c.new_zeros([*input_shape[:-spatial_dims], math.prod(input_shape[-spatial_dims:])])
     return flat.scatter_add(-1, indices.flatten(-spatial_dims), c.flatten(-spatial_dims)).view(input_shape)
-

@@ -14,7 +14,14 @@ from lrp_compiler.composites import AUTO, choose_composite, composite_named
 from lrp_compiler.options import Options
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import DeviceMismatchError, OutputError
-from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode, emit, explain
+from lrp_compiler.passes.pipeline import (
+    Stage,
+    capture_call,
+    compile_forward,
+    depends_on_grad_mode,
+    emit,
+    explain,
+)
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, Request, facts, is_float
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.registry import with_rules
@@ -131,10 +138,14 @@ def call_key(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         *model.named_buffers(remove_duplicate=False),
     ]:
         owner = owners.setdefault(id(value), len(owners))
-        weights.append((name, owner, value.shape, value.dtype, value.device))
+        weights.append((name, owner, value.shape, value.dtype, value.device, value.requires_grad))
     training = tuple(module.training for module in model.modules())
-    kinds = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-    autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds))
+    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+    autocast = tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in sorted(devices)
+        if torch.amp.is_autocast_available(kind)
+    )
     return tuple(map(_leaf_key, leaves)), tree, tuple(weights), training, autocast
 
 
@@ -168,16 +179,16 @@ def live_value(model: nn.Module, spec: InputSpec) -> Tensor:
 def graph_inputs(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The values of the graph's placeholders for one call."""
     leaves = iter(pytree.tree_leaves((args, kwargs)))
-    return [
-        next(leaves) if spec.kind is InputKind.USER else live_value(model, spec) for spec in program.inputs
-    ]
+    return [next(leaves) if spec.kind is InputKind.USER else live_value(model, spec) for spec in program.inputs]
 
 
 def output_names(program: Program) -> list[str]:
     """A name per output leaf: its path in the output tree (``logits``, ``0``, ``hidden.1``), or ``output``."""
     leaves = pytree.tree_unflatten(list(range(program.out_spec.num_leaves)), program.out_spec)
     names = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(leaves)[0]]
-    cleaned = [name.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").strip(".") for name in names]
+    cleaned = [
+        name.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").strip(".") for name in names
+    ]
     return [name or "output" for name in cleaned]
 
 

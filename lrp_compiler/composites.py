@@ -21,9 +21,7 @@ Lines = tuple[tuple[Matcher, Rule], ...]
 
 BASE: Lines = (
     (
-        on(
-            OpClass.LINEAR, OpClass.ADD, OpClass.MOVEMENT, OpClass.REDUCTION, OpClass.SELECTION, OpClass.TUPLE
-        ),
+        on(OpClass.LINEAR, OpClass.ADD, OpClass.MOVEMENT, OpClass.REDUCTION, OpClass.SELECTION, OpClass.TUPLE),
         Plain(),
     ),
     (on(OpClass.BILINEAR, OpClass.MULTIPLY), Uniform()),
@@ -58,7 +56,7 @@ def epsilon(epsilon: float = 0.0) -> Composite:
     """The epsilon rule on linear maps and convolutions; 0 is its limit, which needs no activation (LRP-0)."""
     if epsilon == 0:
         return Composite("epsilon", BASE)
-    return Composite("epsilon", ((on(OpClass.LINEAR), Epsilon(epsilon)), *BASE))
+    return Composite("epsilon", ((on(OpClass.LINEAR), Epsilon(epsilon=epsilon)), *BASE))
 
 
 def input_x_gradient() -> Composite:

@@ -84,7 +84,9 @@ class Ledger:
         return "\n".join(lines)
 
 
-def ledger_from_results(program: Program, results: list[tuple[Result, Tensor]], seed: float, dtype: torch.dtype) -> Ledger:
+def ledger_from_results(
+    program: Program, results: list[tuple[Result, Tensor]], seed: float, dtype: torch.dtype
+) -> Ledger:
     """Assemble the rows from the labelled results of a relevance graph that was asked for a ledger."""
     given: dict[str, list[float]] = {}
     rules: dict[str, str] = {}

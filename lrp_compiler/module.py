@@ -28,9 +28,15 @@ class LRPModule(nn.Module):
     (shapes, dtypes, training flags) is compiled at its first use.
     """
 
+    _model: nn.Module
+    _composite: str | Composite
+    _options: Options
+    _compiler: Compiler
+
     def __init__(self, model: nn.Module, composite: str | Composite = "auto", options: Options | None = None) -> None:
-        object.__setattr__(self, "_model", model)
         super().__init__()
+        # Into __dict__, so that the original does not become a child and its state keeps its names.
+        self.__dict__["_model"] = model
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[shared] = model.__dict__[shared]
         self.__dict__["_composite"] = composite
@@ -38,13 +44,14 @@ class LRPModule(nn.Module):
         self.__dict__["_compiler"] = Compiler(composite, self._options)
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The original's training flag."""
         return self._model.training
 
     @training.setter
     def training(self, mode: bool) -> None:
-        pass
+        if "_model" in self.__dict__:
+            self._model.training = mode
 
     @property
     def original(self) -> nn.Module:
@@ -62,7 +69,7 @@ class LRPModule(nn.Module):
             return getattr(self.__dict__["_model"], name)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LRPModule:
-        self._model._apply(fn, recurse)
+        self._model._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +101,11 @@ class LRPModule(nn.Module):
         return rebuild_output(program, list(values[:outputs]))
 
     def run(
-        self, *args: Any, at: Names = None, wrt: str | list[str] | tuple[str, ...] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        at: Names = None,
+        wrt: str | list[str] | tuple[str, ...] | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, Tape]:
         """One forward pass of ``model(*args, **kwargs)``, kept: ``(output, tape)``.
 
@@ -173,4 +184,3 @@ def default_request(explained: ExplainedCall, at: Names, options: Options) -> Re
     kind = composite.readout if composite is not None else "relevance"
     nodes = tuple(dict.fromkeys((node, kind) for ref in refs for node in ref.nodes))
     return Request((explained.chosen_output(options.output),), nodes)
-

@@ -17,13 +17,16 @@ class Options:
 
     output: str | None = field(default=None, metadata={"help": "name of the output to explain, when there are several"})
     rules: Mapping[str, RuleFunction] = field(
-        default_factory=dict, metadata={"help": "{op: rule function} for this module alone, over registered rules"}
+        default_factory=dict,
+        metadata={"help": "{op: rule function} for this module alone, over registered rules"},
     )
     verify: Literal["off", "ledger"] = field(
-        default="off", metadata={"help": "'ledger' checks every relevance pass op by op and names the op that breaks it"}
+        default="off",
+        metadata={"help": "'ledger' checks every relevance pass op by op and names the op that breaks it"},
     )
     reference: bool = field(
-        default=False, metadata={"help": "run the slow relevance-space interpreter of the same composite instead"}
+        default=False,
+        metadata={"help": "run the slow relevance-space interpreter of the same composite instead"},
     )
 
 

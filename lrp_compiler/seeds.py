@@ -54,7 +54,9 @@ class Token(Seed):
 
     def seed(self, output: Tensor) -> Tensor:
         if output.dim() != 3:
-            raise TargetError(target=self, shape=tuple(output.shape), cause="Token needs (batch, positions, vocabulary)")
+            raise TargetError(
+                target=self, shape=tuple(output.shape), cause="Token needs (batch, positions, vocabulary)"
+            )
         position = _per_sample(self.position, output, 1, self)
         index = _per_sample(self.index, output, 2, self)
         seed = torch.zeros_like(output)

@@ -58,7 +58,12 @@ class Tape:
         return [spec.node for spec in self.program.inputs]
 
     def relevance(
-        self, target: Target = None, at: Names = None, *, output: str | None = None, per_dimension: bool = False
+        self,
+        target: Target = None,
+        at: Names = None,
+        *,
+        output: str | None = None,
+        per_dimension: bool = False,
     ) -> Any:
         """Relevance at sites, for a target at an output.
 
@@ -179,9 +184,9 @@ class Tape:
             _, _, saved = _run_forward(executable, list(self._inputs.values()))
         self._saved.update(saved)
 
-    def _random_numbers(self) -> torch.random.fork_rng:  # type: ignore[name-defined]
+    def _random_numbers(self) -> _ReplayedRNG:
         """A context in which the CPU generator repeats what the forward pass drew."""
-        return _replayed_rng(self._rng)
+        return _ReplayedRNG(self._rng)
 
     def _check_fresh(self) -> None:
         for spec in self.program.inputs:
@@ -191,7 +196,7 @@ class Tape:
                 raise StaleTapeError(name=f"{what} {spec.target}")
 
 
-class _replayed_rng:
+class _ReplayedRNG:
     """Restore a generator state for the duration; None leaves the generator alone."""
 
     def __init__(self, state: Tensor | None) -> None:
@@ -233,9 +238,7 @@ def _protected(program: Program, inputs: list[Any]) -> dict[str, Any]:
 
 
 def _is_random(program: Program) -> bool:
-    return any(
-        torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in program.graph.nodes
-    )
+    return any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in program.graph.nodes)
 
 
 def _version(value: Any) -> int | None:

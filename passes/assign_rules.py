@@ -35,6 +35,7 @@ def assign_rules(program: Program, composite: Composite) -> Program:
         if rule is None:
             if node.name not in inside:
                 uncovered.append(node)
+                learn(node, flows=True)
             continue
         learn(node, rule=rule, flows=bool(rule.receivers(op)))
     if uncovered:

@@ -2,26 +2,25 @@
 
 Every rewrite makes the same kernel calls as eager, so outputs stay bitwise equal: norms become the native ops that
 also return their statistics, pooling the variant with indices, attention the variant with the log-sum-exp, dropout
-its random mask and a product; composite ops that the table does not know are taken apart.
+its random mask and a product.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from lrp_compiler.passes.optable import classify
-from lrp_compiler.passes.program import Constant, Mutation, Program, carries_float, output_node, return_values, tensor_of, value_of
-from lrp_compiler.passes.trace import Emitter
+from lrp_compiler.passes.optable import op_name
+from lrp_compiler.passes.program import Mutation, Program, carries_float, tensor_of
+from lrp_compiler.passes.rewriter import Replacement, Rewriter
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn")
+FLASH_ON_CPU = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def canonicalise(program: Program, kept: frozenset[str] = frozenset(), grad_enabled: bool = False) -> Program:
@@ -30,75 +29,28 @@ def canonicalise(program: Program, kept: frozenset[str] = frozenset(), grad_enab
     Ops named in ``kept`` (``aten::x``) stay as they are. ``grad_enabled`` says whether gradients are recorded, which
     decides what eager does with a mask that depends on parameters.
     """
-    program = program.fork()
-    state = _State(program, kept, grad_enabled)
-    for node in list(program.graph.nodes):
-        if node.op == "call_function":
-            state.rewrite(node)
-    outputs = tuple(leaf if isinstance(leaf, Constant) else state.renamed(leaf) for leaf in program.outputs)
-    mutations = tuple(Mutation(m.input, state.renamed(m.value)) for m in program.mutations)
-    program = program.having(outputs=outputs, mutations=(*mutations, *state.mutations))
-    return_values(program)
-    program.graph.eliminate_dead_code()
-    return program
+    return _Canonicaliser(program.fork(), kept, grad_enabled).run()
 
 
-class _State:
-    """The graph being rewritten, and where replaced values went."""
+class _Canonicaliser(Rewriter):
+    """Rewrites op by op; training-mode batch norm adds mutations."""
 
     def __init__(self, program: Program, kept: frozenset[str], grad_enabled: bool) -> None:
+        super().__init__(program)
         self.kept = kept
         self.grad_enabled = grad_enabled
-        self.emitter = Emitter(program.graph, program.fake_mode, output_node(program.graph), program.traces)
-        self.replaced: dict[str, str] = {}
-        self.mutations: list[Mutation] = []
 
-    def renamed(self, name: str) -> str:
-        while name in self.replaced:
-            name = self.replaced[name]
-        return name
+    def replacement(self, node: fx.Node) -> Replacement:
+        name = op_name(node)
+        rewrite = None if name in self.kept else REWRITES.get(name)
+        return None if rewrite is None else rewrite(self, node)
 
-    def rewrite(self, node: fx.Node) -> None:
-        """Put the canonical form of ``node`` in its place, if it has another one."""
-        self.emitter.before = node
-        self.emitter.provenance = {key: node.meta[key] for key in PROVENANCE if key in node.meta}
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or schema.name in self.kept:
-            return
-        rewriter = REWRITES.get(schema.name)
-        if rewriter is not None:
-            new = rewriter(self, node)
-        elif classify(node) is None and _is_composite(node.target):
-            new = self.expand(node, node.target, call_op, node.target, tuple(node.args), dict(node.kwargs))
-        else:
-            return
-        if new is not None and new is not node:
-            node.replace_all_uses_with(new)
-            self.replaced[node.name] = new.name
-            self.emitter.graph.erase_node(node)
-
-    def expand(self, node: fx.Node, target: Any, fn: Callable[..., Any], *args: Any) -> fx.Node:
-        """Emit ``fn(*args)`` before ``node`` with its calls of ``target`` opened and their ops made canonical."""
-        start = node.prev
-        result = self.emitter(fn, *args, opened=target)
-        inner = start.next
-        while inner is not node:
-            following = inner.next
-            self.rewrite(inner)
-            inner = following
-        name = self.renamed(result.name)
-        return next(found for found in self.emitter.graph.nodes if found.name == name)
+    def first(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """The first output of a call of ``target``."""
+        return self.output(self.emitter.call(target, *args, **kwargs), 0)
 
 
-def call_op(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``target(*args, **kwargs)``."""
-    return target(*args, **kwargs)
-
-
-def _is_composite(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and torch._C._dispatch_has_kernel_for_dispatch_key(
-        target.name(), "CompositeImplicitAutograd"
-    )
+Rewrite = Callable[[_Canonicaliser, fx.Node], Replacement]
 
 
 def bound(node: fx.Node) -> dict[str, Any]:
@@ -112,98 +64,77 @@ def bound(node: fx.Node) -> dict[str, Any]:
     return found
 
 
-def _layer_norm(state: _State, node: fx.Node) -> fx.Node:
+def _layer_norm(rewriter: _Canonicaliser, node: fx.Node) -> fx.Node:
     a = bound(node)
-    call = state.emitter.call
-    return _first(
-        state, call(aten.native_layer_norm.default, a["input"], a["normalized_shape"], a["weight"], a["bias"], a["eps"])
-    )
+    arguments = (a["input"], a["normalized_shape"], a["weight"], a["bias"], a["eps"])
+    return rewriter.first(aten.native_layer_norm.default, *arguments)
 
 
-def _group_norm(state: _State, node: fx.Node) -> fx.Node:
+def _group_norm(rewriter: _Canonicaliser, node: fx.Node) -> fx.Node:
     a = bound(node)
     x = a["input"]
     if not tensor_of(x).is_contiguous():
-        x = state.emitter.call(aten.contiguous.default, x)
+        x = rewriter.emitter.call(aten.contiguous.default, x)
     batch, channels, *rest = tensor_of(x).shape
     sizes = (batch, channels, math.prod(rest), a["num_groups"], a["eps"])
-    return _first(state, state.emitter.call(aten.native_group_norm.default, x, a["weight"], a["bias"], *sizes))
+    return rewriter.first(aten.native_group_norm.default, x, a["weight"], a["bias"], *sizes)
 
 
-def _batch_norm(state: _State, node: fx.Node) -> fx.Node:
+def _batch_norm(rewriter: _Canonicaliser, node: fx.Node) -> fx.Node:
     """Training updates copies of the running statistics, which the runtime writes back."""
     a = bound(node)
     mean, variance = a["running_mean"], a["running_var"]
     if a["training"] and mean is not None:
-        copies = [state.emitter.call(aten.clone.default, running) for running in (mean, variance)]
-        state.mutations += [Mutation(old.name, new.name) for old, new in zip((mean, variance), copies, strict=True)]
+        copies = [rewriter.emitter.call(aten.clone.default, running) for running in (mean, variance)]
+        rewriter.mutations += [Mutation(old.name, new.name) for old, new in zip((mean, variance), copies, strict=True)]
         mean, variance = copies
-    statistics = (a["training"] or mean is None, a["momentum"], a["eps"])
-    return _first(
-        state,
-        state.emitter.call(
-            aten.native_batch_norm.default, a["input"], a["weight"], a["bias"], mean, variance, *statistics
-        ),
-    )
+    tensors = (a["input"], a["weight"], a["bias"], mean, variance)
+    uses_batch = a["training"] or mean is None
+    return rewriter.first(aten.native_batch_norm.default, *tensors, uses_batch, a["momentum"], a["eps"])
 
 
-def _first(state: _State, node: fx.Node) -> fx.Node:
-    """The first result of a multi-output call."""
-    return select_output(state.emitter, node, 0)
-
-
-def select_output(emitter: Emitter, node: fx.Node, index: int) -> fx.Node:
-    """``node[index]`` as a node."""
-    with emitter.graph.inserting_before(emitter.before):
-        result = emitter.graph.call_function(operator.getitem, (node, index))
-    result.meta = {**emitter.provenance, "val": value_of(node)[index]}
-    return result
-
-
-def _max_pool(target: Any) -> Callable[[_State, fx.Node], fx.Node]:
-    def rewrite(state: _State, node: fx.Node) -> fx.Node:
-        return _first(state, state.emitter.call(target, *bound(node).values()))
+def _max_pool(target: Any) -> Rewrite:
+    def rewrite(rewriter: _Canonicaliser, node: fx.Node) -> fx.Node:
+        return rewriter.first(target, *bound(node).values())
 
     return rewrite
 
 
-def _dropout(state: _State, node: fx.Node) -> fx.Node:
+def _dropout(rewriter: _Canonicaliser, node: fx.Node) -> fx.Node:
     a = bound(node)
+    x: fx.Node = a["input"]
     if not a["train"] or a["p"] == 0:
-        return a["input"]  # type: ignore[no-any-return]
-    return state.emitter(dropout, a["input"], a["p"])  # type: ignore[no-any-return]
+        return x
+    dropped: fx.Node = rewriter.emitter(dropout, x, a["p"])
+    return dropped
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """Training dropout as eager computes it on this device: a random mask, scaled, times ``x``."""
     if p == 1:
         return x * torch.zeros_like(x)
+    kept: torch.Tensor = aten.bernoulli.p(x.detach(), 1 - p)
     if x.device.type == "cuda":
-        mask = aten.bernoulli.p(x.detach(), 1 - p)
-        return x * mask * (1 / (1 - p))
-    return x * aten.div.Scalar(aten.bernoulli.p(x.detach(), 1 - p), 1 - p)
+        return x * kept * (1 / (1 - p))
+    scaled: torch.Tensor = aten.div.Scalar(kept, 1 - p)
+    return x * scaled
 
 
-def _attention(state: _State, node: fx.Node) -> fx.Node | None:
+def _attention(rewriter: _Canonicaliser, node: fx.Node) -> Replacement:
     """CPU attention that eager runs as flash keeps its log-sum-exp; what eager runs as plain math is opened."""
     a = bound(node)
     query, key, value, mask = (a[name] for name in ("query", "key", "value", "attn_mask"))
     if tensor_of(query).device.type != "cpu":
         return None
     if mask is not None and tensor_of(mask).dtype == torch.bool:
-        mask = state.emitter(additive_mask, mask, tensor_of(query).dtype)
-    mask_needs_grad = state.grad_enabled and mask is not None and depends_on_parameters(mask)
+        mask = rewriter.emitter(additive_mask, mask, tensor_of(query).dtype)
+    mask_needs_grad = rewriter.grad_enabled and mask is not None and needs_grad(mask)
     if not mask_needs_grad and _eager_attention_is_flash(a):
-        call = state.emitter.call(
-            aten._scaled_dot_product_flash_attention_for_cpu.default,
-            *(query, key, value, 0.0, a["is_causal"]),
-            attn_mask=mask,
-            scale=a["scale"],
-        )
-        return _first(state, call)
+        arguments = (query, key, value, 0.0, a["is_causal"])
+        return rewriter.first(FLASH_ON_CPU, *arguments, attn_mask=mask, scale=a["scale"])
     options = (a["dropout_p"], a["is_causal"], a["scale"], a["enable_gqa"])
     math_path = aten._scaled_dot_product_attention_math.default
-    return state.expand(node, math_path, attention_math, query, key, value, mask, *options)
+    return rewriter.expand(node, math_path, attention_math, query, key, value, mask, *options)
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -230,14 +161,15 @@ def attention_math(
 
 def _eager_attention_is_flash(a: dict[str, Any]) -> bool:
     """Ask torch which path it takes for tensors of these shapes (metadata alone decides)."""
-    real = [_unfilled(a[name]) for name in ("query", "key", "value", "attn_mask")]
-    options = (a["dropout_p"], a["is_causal"])
-    choice = torch._fused_sdp_choice(*real, *options, scale=a["scale"], enable_gqa=a["enable_gqa"])  # type: ignore[attr-defined]
-    return int(choice) == int(torch.nn.attention.SDPBackend.FLASH_ATTENTION)
+    real: list[Any] = [_unfilled(a[name]) for name in ("query", "key", "value", "attn_mask")]
+    choice: int = aten._fused_sdp_choice.default(
+        *real, a["dropout_p"], a["is_causal"], scale=a["scale"], enable_gqa=a["enable_gqa"]
+    )
+    return choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
 
 
-def depends_on_parameters(node: fx.Node) -> bool:
-    """Whether gradients would flow from ``node`` to a parameter or a user's float input."""
+def needs_grad(node: fx.Node) -> bool:
+    """Whether gradients would flow from ``node`` to a parameter that is trained."""
     seen: set[fx.Node] = set()
     waiting = [node]
     while waiting:
@@ -245,7 +177,7 @@ def depends_on_parameters(node: fx.Node) -> bool:
         if current in seen or current.target is aten.detach.default or not carries_float(current):
             continue
         seen.add(current)
-        if current.op == "placeholder" and not current.name.startswith(("b_", "c_")):
+        if current.op == "placeholder" and tensor_of(current).requires_grad:
             return True
         waiting += current.all_input_nodes
     return False
@@ -254,7 +186,7 @@ def depends_on_parameters(node: fx.Node) -> bool:
 def attends_with_learned_mask(program: Program) -> bool:
     """Whether some attention's mask depends on parameters, so that eager's choice of path depends on grad mode."""
     masks = [bound(node)["attn_mask"] for node in program.graph.nodes if node.target is SDPA]
-    return any(mask is not None and depends_on_parameters(mask) for mask in masks)
+    return any(mask is not None and needs_grad(mask) for mask in masks)
 
 
 def _unfilled(node: fx.Node | None) -> torch.Tensor | None:
@@ -264,7 +196,7 @@ def _unfilled(node: fx.Node | None) -> torch.Tensor | None:
     return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
 
 
-REWRITES: dict[str, Callable[[_State, fx.Node], fx.Node | None]] = {
+REWRITES: dict[str, Rewrite] = {
     "aten::layer_norm": _layer_norm,
     "aten::group_norm": _group_norm,
     "aten::batch_norm": _batch_norm,

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export.graph_signature import ConstantArgument, InputKind as ExportKind
+from torch.export.graph_signature import ConstantArgument
+from torch.export.graph_signature import InputKind as ExportKind
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.errors import CaptureError, user_source_of_trace

@@ -10,12 +10,17 @@ import torch
 from torch import fx
 
 from lrp_compiler.passes.errors import CaptureError, user_source
-from lrp_compiler.passes.program import Constant, Program, is_float, value_of
+from lrp_compiler.passes.program import Constant, Program, first_argument, is_float, tensor_of
 
 aten = torch.ops.aten
 GRAD_REGION = "wrap_with_set_grad_enabled"
 AUTOCAST_REGION = "wrap_with_autocast"
-DROPPED_NAMES = ("aten::_assert", "aten::sym_constrain", "aten::_functional_assert", "aten::_nn_functional_assert")
+DROPPED_NAMES = (
+    "aten::_assert",
+    "aten::sym_constrain",
+    "aten::_functional_assert",
+    "aten::_nn_functional_assert",
+)
 ALIASES = frozenset({aten.alias.default, aten.lift_fresh_copy.default})
 CASTS = frozenset({"aten::to", "aten::type_as", "aten::contiguous", "aten::_to_copy"})
 
@@ -42,12 +47,12 @@ def _copy_clean(root: torch.nn.Module, graph: fx.Graph, node: fx.Node, values: d
         values[node] = root.get_submodule(str(node.target))
     elif node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
         _inline_region(graph, node, values)
-    elif node.target is operator.getitem and isinstance(values[node.args[0]], (tuple, list)):
-        values[node] = values[node.args[0]][node.args[1]]
+    elif node.target is operator.getitem and isinstance(values[first_argument(node)], (tuple, list)):
+        values[node] = values[first_argument(node)][node.args[1]]
     elif _is_dropped(node):
         values[node] = None
     elif _is_identity(node):
-        values[node] = values[node.args[0]]
+        values[node] = values[first_argument(node)]
     else:
         values[node] = graph.node_copy(node, lambda old: values[old])
 
@@ -66,7 +71,7 @@ def _is_identity(node: fx.Node) -> bool:
         return False
     if schema.name == "aten::_to_copy" or node.kwargs.get("copy") or True in node.args[2:]:
         return False
-    before, after = value_of(node.args[0]), value_of(node)
+    before, after = tensor_of(first_argument(node)), tensor_of(node)
     same = before.dtype == after.dtype and before.device == after.device and before.stride() == after.stride()
     return same and before.shape == after.shape
 
@@ -74,7 +79,7 @@ def _is_identity(node: fx.Node) -> bool:
 def _inline_region(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any]) -> None:
     """Splice in the body of a region; what leaves a no-grad region is detached."""
     name = getattr(node.target, "__name__", str(node.target))
-    arguments = [values[arg] if isinstance(arg, fx.Node) else arg for arg in node.args]
+    arguments: list[Any] = [values[arg] if isinstance(arg, fx.Node) else arg for arg in node.args]
     if name == GRAD_REGION:
         grad_enabled, body, *operands = arguments
     elif name == AUTOCAST_REGION and not arguments[2]:

@@ -5,6 +5,7 @@ torch's own functionalization would also take composite ops apart (linear, atten
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -91,12 +92,17 @@ class _Functionaliser:
     def shares_storage_with(self, node: fx.Node) -> fx.Node | None:
         """The argument whose storage the result of ``node`` is a view of, found by running it on fakes."""
         first = node.args[0] if node.args else None
-        if not isinstance(first, fx.Node) or not isinstance(first.meta.get("val"), torch.Tensor):
+        if not isinstance(first, fx.Node):
+            return None
+        if node.target is operator.getitem and first in self.parent:
+            return first
+        base = first.meta.get("val")
+        if not isinstance(base, torch.Tensor):
             return None
         with self.program.fake_mode, torch.no_grad():
             args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
             results = pytree.tree_leaves(node.target(*args, **kwargs))  # type: ignore[operator]
-        storage = args[0].untyped_storage()._cdata
+        storage = base.untyped_storage()._cdata
         shares = any(isinstance(r, torch.Tensor) and r.untyped_storage()._cdata == storage for r in results)
         return first if shares else None
 
@@ -144,7 +150,9 @@ class _Functionaliser:
 
     def write_through(self, node: fx.Node, view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
         """The value of a view's base after the view was set to ``value``."""
-        name = view.target._schema.name if hasattr(view.target, "_schema") else str(view.target)
+        if view.target is operator.getitem:
+            return self.refuse(node, f"it writes to one piece of {view.args[0]}")
+        name = view.target._schema.name  # type: ignore[union-attr]
         whole, part = value_of(parent), value_of(value)
         if name in SCATTERS:
             return self.emit(node, SCATTERS[name], (parent, value, *view.args[1:]), dict(view.kwargs))

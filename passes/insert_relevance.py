@@ -57,7 +57,11 @@ class RelevanceEmitter(Emitter):
         if node not in self.promises:
             with self.graph.inserting_before(self.before):
                 made = self.graph.call_function(promise, (node,))
-            made.meta = {**self.provenance, "val": value_of(node), FACTS: Facts(part="promise", origin=node.name)}
+            made.meta = {
+                **self.provenance,
+                "val": value_of(node),
+                FACTS: Facts(part="promise", origin=node.name),
+            }
             self.promises[node] = made
         return self.promises[node]
 
@@ -167,9 +171,7 @@ class _Inserter:
             return self.merged(node, self.pending[node], kind)
         outputs = self.tuples[node]
         return [
-            self.merged(output_of(self.program.graph, node, index), outputs[index], kind)
-            if index in outputs
-            else None
+            self.merged(output_of(self.program.graph, node, index), outputs[index], kind) if index in outputs else None
             for index in range(len(value_of(node)))
         ]
 
@@ -229,7 +231,7 @@ class _Inserter:
         if not facts(node).live:
             return "it does not depend on an attributed input"
         if not facts(node).flows:
-            return f"the rule '{facts(node).rule}' of composite '{self.program.composite and self.program.composite.name}' stops it"
+            return f"the rule '{facts(node).rule}' stops it"
         return "no path leads from it to the explained output, or a rule on the way stops relevance"
 
     def check(self, site: Site, rule: Rule, edges: dict[Operand, fx.Node]) -> None:
@@ -238,7 +240,10 @@ class _Inserter:
             expected, got = tensor_of(operand.node).shape, tensor_of(made).shape
             if expected != got:
                 raise RuleResultError(
-                    rule=str(rule), op=str(site.op), got=f"shape {tuple(got)}", expected=f"shape {tuple(expected)}"
+                    rule=str(rule),
+                    op=str(site.op),
+                    got=f"shape {tuple(got)}",
+                    expected=f"shape {tuple(expected)}",
                 )
 
     def enter_ledger(self, site: Site, rule: Rule, edge: Any, edges: dict[Operand, fx.Node]) -> None:

@@ -8,13 +8,35 @@ from torch import fx
 
 from lrp_compiler.passes.insert_relevance import promise
 from lrp_compiler.passes.optable import op_name
-from lrp_compiler.passes.program import FACTS, Buffer, Facts, Program, facts, tensor_of
+from lrp_compiler.passes.program import (
+    FACTS,
+    Buffer,
+    BufferKind,
+    Facts,
+    Program,
+    facts,
+    first_argument,
+    tensor_of,
+)
 
 VIEWS = frozenset(
     f"aten::{name}"
-    for name in "view transpose permute expand unsqueeze squeeze select slice t unflatten alias detach".split()
+    for name in [
+        "view",
+        "transpose",
+        "permute",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "select",
+        "slice",
+        "t",
+        "unflatten",
+        "alias",
+        "detach",
+    ]
 )
-TUPLE_VIEWS = frozenset(f"aten::{name}" for name in "split split_with_sizes chunk unbind".split())
+TUPLE_VIEWS = frozenset(f"aten::{name}" for name in ["split", "split_with_sizes", "chunk", "unbind"])
 
 
 def lower_promises(program: Program) -> Program:
@@ -23,12 +45,11 @@ def lower_promises(program: Program) -> Program:
     Afterwards relevance ops read forward nodes only where ``buffers`` lists them.
     """
     program = program.fork()
-    kinds: dict[fx.Node, tuple[str, list[str]]] = {}
+    kinds: dict[fx.Node, tuple[BufferKind, list[str]]] = {}
     replayed: dict[fx.Node, fx.Node] = {}
     views: list[Buffer] = []
     for node in [n for n in program.graph.nodes if n.target is promise]:
-        value = node.args[0]
-        assert isinstance(value, fx.Node)
+        value = first_argument(node)
         readers = sorted({facts(user).origin for user in node.users})
         base = _base(value)
         kinds.setdefault(base, ("free" if base.op == "placeholder" else "saved", []))[1].extend(readers)
@@ -44,13 +65,11 @@ def _base(node: fx.Node) -> fx.Node:
     """The node whose storage a chain of views shows."""
     while True:
         if op_name(node) in VIEWS:
-            parent = node.args[0]
-        elif node.target is operator.getitem and op_name(node.args[0]) in TUPLE_VIEWS:  # type: ignore[arg-type]
-            parent = node.args[0].args[0]  # type: ignore[union-attr]
+            node = first_argument(node)
+        elif node.target is operator.getitem and op_name(first_argument(node)) in TUPLE_VIEWS:
+            node = first_argument(first_argument(node))
         else:
             return node
-        assert isinstance(parent, fx.Node)
-        node = parent
 
 
 def _replay(
@@ -60,8 +79,7 @@ def _replay(
     if value is base:
         return base
     if value not in replayed:
-        parent = value.args[0]
-        assert isinstance(parent, fx.Node)
+        parent = first_argument(value)
         source = _replay(graph, parent, base, before, replayed)
         with graph.inserting_before(before):
             view = graph.node_copy(value, lambda old: source if old is parent else old)
@@ -70,10 +88,11 @@ def _replay(
     return replayed[value]
 
 
-def _buffer(node: fx.Node, kind: str, readers: list[str], program: Program) -> Buffer:
+def _buffer(node: fx.Node, kind: BufferKind, readers: list[str], program: Program) -> Buffer:
     value = tensor_of(node)
     size = value.numel() * value.element_size() if kind == "saved" else 0
-    return Buffer(node.name, kind, size, str(value.dtype).removeprefix("torch."), tuple(value.shape), tuple(readers))  # type: ignore[arg-type]
+    dtype = str(value.dtype).removeprefix("torch.")
+    return Buffer(node.name, kind, size, dtype, tuple(value.shape), tuple(readers))
 
 
 def saved_values(program: Program) -> list[str]:
@@ -84,4 +103,3 @@ def saved_values(program: Program) -> list[str]:
 def free_values(program: Program) -> list[str]:
     """The graph inputs that the relevance pass reads."""
     return [buffer.name for buffer in program.buffers if buffer.kind == "free"]
-

@@ -49,7 +49,8 @@ class Operation:
         """Every tensor argument that holds floats, in order."""
         found = []
         position = 0
-        for argument, value in [*enumerate(self.args), *self.kwargs.items()]:
+        arguments: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        for argument, value in arguments:
             for leaf in pytree.tree_leaves(value):
                 if isinstance(leaf, fx.Node) and any(is_float(v) for v in pytree.tree_leaves(value_of(leaf))):
                     found.append(Operand(argument, position, leaf))

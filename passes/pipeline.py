@@ -16,6 +16,7 @@ from lrp_compiler.passes.canonicalise import attends_with_learned_mask, canonica
 from lrp_compiler.passes.capture import capture
 from lrp_compiler.passes.clean import clean
 from lrp_compiler.passes.codegen import Executable, codegen
+from lrp_compiler.passes.decompose import decompose
 from lrp_compiler.passes.functionalise import functionalise
 from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.lower_promises import lower_promises
@@ -30,7 +31,7 @@ from lrp_compiler.passes.verify import verify
 logger = logging.getLogger(__name__)
 Pass = Callable[..., Program]
 
-CAPTURE: tuple[Pass, ...] = (capture, clean, functionalise, canonicalise, recognise)
+CAPTURE: tuple[Pass, ...] = (capture, clean, decompose, functionalise, canonicalise, recognise)
 """A call of a module -> its forward graph; depends on the call alone."""
 
 EXPLAIN: tuple[Pass, ...] = (analyse, assign_rules)
@@ -85,9 +86,10 @@ def capture_call(
     grad_enabled: bool = False,
 ) -> tuple[Stage, ...]:
     """The stages of CAPTURE for one call; ops named in ``kept`` are not taken apart."""
+    settings: dict[Pass, tuple[Any, ...]] = {decompose: (kept,), canonicalise: (kept, grad_enabled)}
     history = run(capture, (), model, args, kwargs)
     for one in CAPTURE[1:]:
-        history = run(one, history, *((kept, grad_enabled) if one is canonicalise else ()))
+        history = run(one, history, *settings.get(one, ()))
     return history
 
 

@@ -102,12 +102,15 @@ class Request:
     ledger: bool = False
 
 
+BufferKind = Literal["free", "view", "saved"]
+
+
 @dataclass(frozen=True)
 class Buffer:
     """Where one promise is kept: ``free`` (a graph input), ``view`` of something kept, or ``saved``."""
 
     name: str
-    kind: Literal["free", "view", "saved"]
+    kind: BufferKind
     bytes: int
     dtype: str
     shape: tuple[int, ...]
@@ -143,13 +146,6 @@ class Program:
     buffers: tuple[Buffer, ...] = ()
     relevance_graph: fx.Graph | None = None
     traces: dict[object, fx.GraphModule] = field(default_factory=dict, compare=False, repr=False)
-
-    def node(self, name: str) -> fx.Node:
-        """The node called ``name``; KeyError when there is none."""
-        for node in self.graph.nodes:
-            if node.name == name:
-                return node
-        raise KeyError(name)
 
     def nodes_by_name(self) -> dict[str, fx.Node]:
         return {node.name: node for node in self.graph.nodes}
@@ -199,6 +195,14 @@ def is_float(value: object) -> bool:
     return isinstance(value, torch.Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex)
 
 
+def first_argument(node: fx.Node) -> fx.Node:
+    """The node that ``node`` takes as its first argument."""
+    first = node.args[0]
+    if not isinstance(first, fx.Node):
+        raise TypeError(f"the first argument of {node.name} is {first!r}, not a node")
+    return first
+
+
 def carries_float(node: fx.Node) -> bool:
     """Whether ``node`` holds a float tensor, or a tuple with one."""
     value = node.meta.get("val")
@@ -214,7 +218,8 @@ def forward_nodes(program: Program) -> Iterator[fx.Node]:
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """The graph's output node."""
-    return next(iter(reversed(graph.nodes)))
+    last: fx.Node = next(iter(reversed(graph.nodes)))
+    return last
 
 
 def return_values(program: Program) -> None:

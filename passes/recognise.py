@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ def _rms_norm_product(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + ANY_NUMBER)
 
 
+def _rms_norm_of_torch(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(torch.ops.aten.add.Scalar(x.pow(2).mean(-1, keepdim=True), ANY_NUMBER))
+
+
 def _gelu_new(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
@@ -56,6 +60,7 @@ TEMPLATES = (
     Template("rms_norm", _rms_norm_pow, (RSQRT,)),
     Template("rms_norm", _rms_norm_square, (RSQRT,)),
     Template("rms_norm", _rms_norm_product, (RSQRT,)),
+    Template("rms_norm", _rms_norm_of_torch, (RSQRT,)),
     Template("gelu_tanh", _gelu_new),
     Template("gelu_tanh", _gelu_fast),
 )
@@ -73,7 +78,7 @@ def recognise(program: Program) -> Program:
     return program
 
 
-@lru_cache(maxsize=None)
+@cache
 def _template_graph(spelling: Callable[[Tensor], Tensor]) -> fx.Graph:
     traced = make_fx(spelling, pre_dispatch=True)(torch.ones(2, 3))
     traced.graph.eliminate_dead_code()
@@ -96,9 +101,7 @@ def _literals_agree(pattern: fx.Node, node: fx.Node) -> bool:
     """Whether the constant arguments of ``node`` are the template's, numbers to seven digits."""
     if len(pattern.args) != len(node.args):
         return False
-    return all(
-        _agree(expected, found) for expected, found in zip(pattern.args, node.args, strict=True)
-    )
+    return all(_agree(expected, found) for expected, found in zip(pattern.args, node.args, strict=True))
 
 
 def _agree(expected: Any, found: Any) -> bool:
@@ -106,6 +109,9 @@ def _agree(expected: Any, found: Any) -> bool:
         return isinstance(found, fx.Node)
     if isinstance(expected, float) and expected == ANY_NUMBER:
         return isinstance(found, (int, float))
+    if isinstance(expected, list):
+        # Over which dimensions a norm takes its mean does not change its rule.
+        return isinstance(found, list)
     if isinstance(expected, (int, float)) and isinstance(found, (int, float)):
         return math.isclose(expected, found, rel_tol=1e-7)
     return bool(expected == found)

@@ -83,7 +83,7 @@ def _outputs_of(node: fx.Node, values: dict[fx.Node, Any], arriving: dict[Any, T
     """The relevance at each float output of a node; None where none arrived."""
     if isinstance(values[node], Tensor):
         return [arriving[node]] if node in arriving else None
-    outputs = [value for value in values[node]]
+    outputs = list(values[node])
     if not any((node, index) in arriving for index in range(len(outputs))):
         return None
     return [
@@ -103,7 +103,9 @@ def _propagate(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx
     return formula(rule, op, outputs, values)
 
 
-def _call(op: Operation, values: dict[fx.Node, Any], operands: tuple[Operand, ...]) -> tuple[list[Tensor], list[Tensor]]:
+def _call(
+    op: Operation, values: dict[fx.Node, Any], operands: tuple[Operand, ...]
+) -> tuple[list[Tensor], list[Tensor]]:
     """Fresh leaves for ``operands`` and the op's float outputs computed from them."""
     flat, tree = pytree.tree_flatten((op.args, op.kwargs))
     flat = [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in flat]
@@ -115,7 +117,9 @@ def _call(op: Operation, values: dict[fx.Node, Any], operands: tuple[Operand, ..
     return leaves, [result for result in results if is_float(result)]
 
 
-def _vjp(op: Operation, cotangents: list[Tensor], values: dict[fx.Node, Any], operands: tuple[Operand, ...]) -> list[Tensor]:
+def _vjp(
+    op: Operation, cotangents: list[Tensor], values: dict[fx.Node, Any], operands: tuple[Operand, ...]
+) -> list[Tensor]:
     with torch.enable_grad():
         leaves, results = _call(op, values, operands)
         pairs = [(z, c) for z, c in zip(results, cotangents, strict=True) if z.requires_grad]
@@ -156,7 +160,7 @@ def _uniform(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.N
 
 def _pass(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
     """R_x = R_y."""
-    return {operand: outputs[0] for operand in rule.receivers(op)}
+    return dict.fromkeys(rule.receivers(op), outputs[0])
 
 
 def _numerator(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
@@ -254,7 +258,7 @@ def _ungroup(relevance: Tensor, group: int) -> Tensor:
     """Sum over the query heads that share one key or value head."""
     if group == 1:
         return relevance
-    return relevance.unflatten(-3, (-1, group)).sum(-3)
+    return relevance.reshape(*relevance.shape[:-3], -1, group, *relevance.shape[-2:]).sum(-3)
 
 
 def _mask(op: Operation, scores: Tensor, values: dict[fx.Node, Any]) -> Tensor:

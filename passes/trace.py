@@ -43,7 +43,14 @@ class Emitter:
     stamp: Facts = field(default_factory=Facts)
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, fn: Callable[..., Any], *args: Any, autograd: bool = False, rewire: bool = False, opened: Any = None) -> Emitted:
+    def __call__(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        autograd: bool = False,
+        rewire: bool = False,
+        opened: Any = None,
+    ) -> Emitted:
         """Emit ``fn(*args)``; nodes among ``args`` stand for tensors, all else is constant.
 
         ``fn`` is plain torch code and must be a module-level function (its identity is the cache key). With
@@ -111,7 +118,7 @@ class Emitter:
     ) -> fx.GraphModule:
         fakes = [value_of(node) for node in nodes]
         frozen = tuple(signature(value_of(leaf)) if isinstance(leaf, fx.Node) else _static(leaf) for leaf in leaves)
-        key = (fn, frozen, tree, autograd, opened)
+        key = (fn, frozen, tree, autograd, rewire, opened)
         if key not in self.traces:
             placed = _placer(fn, leaves, tree)
             self.traces[key] = trace(placed, fakes, self.fake_mode, autograd=autograd, rewire=rewire, opened=opened)
@@ -145,9 +152,7 @@ def trace(
 ) -> fx.GraphModule:
     """Trace ``fn`` over tensors like ``fakes`` to ATen nodes; dead nodes are removed."""
     with fake_mode, torch.no_grad():
-        fresh = [
-            torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device) for fake in fakes
-        ]
+        fresh = [torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device) for fake in fakes]
         table = {opened: opened.decompose} if opened is not None else None
         traced = make_fx(fn, decomposition_table=table, pre_dispatch=not autograd)(*fresh)
         if any(getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in traced.graph.nodes):

@@ -32,7 +32,8 @@ def _linear(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
 
 def _matmul(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
     left, right = site.op.args[:2]
-    if tensor_of(left).dim() < 2 or tensor_of(left).shape[:-2] != tensor_of(right).shape[:-2]:
+    shapes = [tensor_of(operand).shape for operand in (left, right)]
+    if min(map(len, shapes)) < 2 or shapes[0][:-2] != shapes[1][:-2]:
         return None
     if receiver.argument == 0:
         return site.emit(matmul_left, edge, right)  # type: ignore[no-any-return]
@@ -121,7 +122,14 @@ def _factor(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
 
 TRANSPOSES: dict[str, Transpose] = {
     **dict.fromkeys(
-        ("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten", "aten::clone"),
+        (
+            "aten::view",
+            "aten::reshape",
+            "aten::_unsafe_view",
+            "aten::flatten",
+            "aten::unflatten",
+            "aten::clone",
+        ),
         _reshaped,
     ),
     **dict.fromkeys(("aten::squeeze", "aten::unsqueeze", "aten::contiguous"), _reshaped),

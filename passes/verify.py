@@ -171,6 +171,7 @@ JOINT: tuple[Check, ...] = (
 LEGAL: dict[str, tuple[Check, ...]] = {
     "capture": (*COMMON, user_inputs_only_once),
     "clean": FLAT,
+    "decompose": FLAT,
     "functionalise": FUNCTIONAL,
     "canonicalise": FUNCTIONAL,
     "recognise": FUNCTIONAL,
@@ -190,4 +191,3 @@ def verify(program: Program, stage: str) -> None:
         cause = check(program)
         if cause is not None:
             raise VerifierError(stage=stage, cause=cause)
-

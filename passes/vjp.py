@@ -44,7 +44,7 @@ def pullback(
         results = pytree.tree_leaves(target(*call_args, **call_kwargs))
         return tuple(result for result in results if is_float(result))
 
-    primals, pull = torch.func.vjp(call, *values)
+    primals, pull, *_ = torch.func.vjp(call, *values)
     filled = tuple(
         torch.zeros_like(primal) if cotangent is None else cotangent
         for primal, cotangent in zip(primals, cotangents, strict=True)
@@ -63,8 +63,9 @@ def linear_remainder(target: Any, args: Any, kwargs: Any, leaves: tuple[int, ...
         return result
 
     directions = tuple(torch.nan_to_num(value, neginf=0.0) for value in values)
-    result, pull = torch.func.vjp(call, *values)
+    result, pull, *_ = torch.func.vjp(call, *values)
     # The transpose of u -> J^T u, applied to x, is J x; forward-mode formulas are missing for too many ops.
-    _, transposed = torch.func.vjp(pull, torch.zeros_like(result))
+    _, transposed, *_ = torch.func.vjp(pull, torch.zeros_like(result))
     (linear,) = transposed(directions)
-    return c * (result - linear)
+    remainder: Tensor = c * (result - linear)
+    return remainder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -23,7 +23,7 @@ class Attention(Rule):
     A side that relevance cannot flow to (a constant query, say) leaves its share to the other side.
     """
 
-    name: str = "attention"
+    name: ClassVar[str] = "attention"
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return tuple(operand for operand in op.flowing if operand.argument in (QUERY, KEY, VALUE))
@@ -53,7 +53,7 @@ class Attention(Rule):
 class AttentionValueOnly(Attention):
     """The attention map is constant: everything flows to V (CP-LRP, the AH-rule)."""
 
-    name: str = "attention_value_only"
+    name: ClassVar[str] = "attention_value_only"
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return tuple(operand for operand in op.flowing if operand.argument == VALUE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import fx
 
@@ -28,8 +28,8 @@ class Rule:
     same parameters are equal.
     """
 
-    name: str = "rule"
-    kind: EdgeKind = "coefficient"
+    name: ClassVar[str] = "rule"
+    kind: ClassVar[EdgeKind] = "coefficient"
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         """The operands this rule hands relevance to, among those it can flow to."""

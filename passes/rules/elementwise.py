@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def gated(gate: Callable[..., Tensor], c: Tensor, args: Any, kwargs: Any) -> Ten
 class Identity(Rule):
     """R_x = R_y in coefficient space: c_x = c_y g(x), g from the table of gates; no division (P4)."""
 
-    name: str = "identity"
+    name: ClassVar[str] = "identity"
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return op.flowing[:1]
@@ -47,11 +47,11 @@ class Identity(Rule):
 class IdentityRelevance(Rule):
     """R_x = R_y as relevance, for f(0) != 0, where no coefficient exists at x = 0."""
 
-    name: str = "identity_relevance"
-    kind: EdgeKind = "relevance"
+    name: ClassVar[str] = "identity_relevance"
+    kind: ClassVar[EdgeKind] = "relevance"
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return op.flowing[:1]
 
     def propagate(self, site: Site, edge: Any) -> Edges:
-        return {receiver: edge for receiver in self.receivers(site.op)}
+        return dict.fromkeys(self.receivers(site.op), edge)

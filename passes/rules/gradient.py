@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import OpClass
@@ -17,7 +17,7 @@ from lrp_compiler.passes.site import Site
 class Gradient(Rule):
     """c_x = VJP(c), whatever the op."""
 
-    name: str = "gradient"
+    name: ClassVar[str] = "gradient"
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return op.flowing

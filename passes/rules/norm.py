@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -36,7 +36,7 @@ class _OnInput(Rule):
 class LayerNorm(_OnInput):
     """c_x = rstd (w c - mean(w c)), per group for group norm; only rstd is kept (Ali et al. 2022)."""
 
-    name: str = "layer_norm"
+    name: ClassVar[str] = "layer_norm"
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         args = site.op.args
@@ -45,7 +45,7 @@ class LayerNorm(_OnInput):
             made = site.emit(group_norm_transpose, edge[0], args[1], rstd, args[6])
         else:
             made = site.emit(layer_norm_transpose, edge[0], args[2], rstd, len(args[1]))
-        return {receiver: made for receiver in self.receivers(site.op)}
+        return dict.fromkeys(self.receivers(site.op), made)
 
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
         grouped = op_name(site.node) == "aten::native_group_norm"
@@ -61,24 +61,24 @@ class LayerNorm(_OnInput):
 class RMSNorm(_OnInput):
     """c_x = c / rms(x): the identity rule of RMSNorm, which is also its LN-rule."""
 
-    name: str = "rms_norm"
+    name: ClassVar[str] = "rms_norm"
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         pattern = site.op.pattern
         assert pattern is not None
         made = site.emit(rms_norm_transpose, edge, site.op.nodes[pattern.saved[0]])
-        return {receiver: made for receiver in self.receivers(site.op)}
+        return dict.fromkeys(self.receivers(site.op), made)
 
 
 @dataclass(frozen=True)
 class BatchNorm(_OnInput):
     """c_x = c w rstd per channel: an affine map, with the batch's statistics held constant in training."""
 
-    name: str = "batch_norm"
+    name: ClassVar[str] = "batch_norm"
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         made = site.emit(batch_norm_transpose, edge[0], site.op.args[1], self._statistics(site)[1])
-        return {receiver: made for receiver in self.receivers(site.op)}
+        return dict.fromkeys(self.receivers(site.op), made)
 
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
         weight, bias = site.op.args[1:3]
@@ -96,7 +96,7 @@ class BatchNorm(_OnInput):
 class SoftmaxGradient(_OnInput):
     """c_x = s (c - sum(s c)): AttnLRP Prop. 3.1 in coefficient space."""
 
-    name: str = "softmax"
+    name: ClassVar[str] = "softmax"
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return site.vjp(edge, self.receivers(site.op))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -20,10 +20,27 @@ from lrp_compiler.passes.site import Site
 
 WITH_CONSTANTS = frozenset(
     f"aten::{name}"
-    for name in (
-        "cat stack concat hstack vstack where masked_fill pad constant_pad_nd index_put scatter select_scatter"
-        " slice_scatter diagonal_scatter masked_scatter index_copy scatter_add index_add copy"
-    ).split()
+    for name in [
+        "cat",
+        "stack",
+        "concat",
+        "hstack",
+        "vstack",
+        "where",
+        "masked_fill",
+        "pad",
+        "constant_pad_nd",
+        "index_put",
+        "scatter",
+        "select_scatter",
+        "slice_scatter",
+        "diagonal_scatter",
+        "masked_scatter",
+        "index_copy",
+        "scatter_add",
+        "index_add",
+        "copy",
+    ]
 )
 
 
@@ -40,7 +57,7 @@ def zero_response(target: Any, args: Any, kwargs: Any, leaves: tuple[int, ...], 
 class Plain(Rule):
     """c_in = VJP(c): the LRP-0 rule of linear maps, the ratio rule of sums, the inverse of data movement."""
 
-    name: str = "plain"
+    name: ClassVar[str] = "plain"
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return site.vjp(edge, self.receivers(site.op))
@@ -91,7 +108,7 @@ class Epsilon(Plain):
     """c_in = W^T (c z / stab(z)) with a real epsilon; the bias stays in the denominator (RULES.md 1.1)."""
 
     epsilon: float = 1e-6
-    name: str = "epsilon"
+    name: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
@@ -115,7 +132,7 @@ class Epsilon(Plain):
 class Stop(Rule):
     """Nothing flows: statistics of a norm, gates and attention maps in CP-LRP (P3)."""
 
-    name: str = "stop"
+    name: ClassVar[str] = "stop"
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return ()

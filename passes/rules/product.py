@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.rules.base import Edges, Rule, Sinks
@@ -15,7 +15,7 @@ from lrp_compiler.passes.site import Site
 class Uniform(Rule):
     """c_k = VJP_k(c) / k over the k flowing factors (AttnLRP Prop. 3.2 and 3.3); with one factor the plain rule."""
 
-    name: str = "uniform"
+    name: ClassVar[str] = "uniform"
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         edges = site.vjp(edge, self.receivers(site.op))
@@ -30,7 +30,7 @@ class Uniform(Rule):
 class Numerator(Rule):
     """Everything to the numerator, the denominator held constant (LN-rule for a / b)."""
 
-    name: str = "numerator"
+    name: ClassVar[str] = "numerator"
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return tuple(operand for operand in op.flowing if operand.argument == 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,7 +26,7 @@ class UserRule(Rule):
     """A function of the output's coefficient, the output and the op's arguments, traced into the graph."""
 
     fn: RuleFunction
-    name: str = "user"
+    name: ClassVar[str] = "user"
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         op = site.op
@@ -35,7 +35,10 @@ class UserRule(Rule):
         made = site.emit(_called, self.fn, edge, out, op.args, op.kwargs, autograd=True)
         if len(made) != len(op.operands):
             raise RuleResultError(
-                rule=str(self), op=str(op), got=f"{len(made)} value(s)", expected=f"{len(op.operands)}, one per tensor"
+                rule=str(self),
+                op=str(op),
+                got=f"{len(made)} value(s)",
+                expected=f"{len(op.operands)}, one per tensor",
             )
         return {o: c for o, c in zip(op.operands, made, strict=True) if c is not None and o in op.flowing}
 

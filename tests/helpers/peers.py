@@ -1,8 +1,8 @@
 """The peer libraries our relevances are compared with, imported side by side.
 
-Two of them cannot be imported plainly here: zennit imports torchvision, which has no build for this torch (and a
-broken one breaks transformers), and ``lxt.efficient`` imports patched models of an older transformers. Stand-ins in
-``sys.modules`` let their parts that we need import as they are, and are taken out again.
+Two of them cannot be imported plainly: zennit imports torchvision, which has no build for this torch, and
+``lxt.efficient`` imports patched models of an older transformers. Stand-ins in ``sys.modules`` let the parts
+that we need import as they are, and are taken out again.
 """
 
 from __future__ import annotations
@@ -71,11 +71,12 @@ with _stand_ins(_lxt_without_models()):
     lxt_patches: Any = importlib.import_module("lxt.efficient.patches")
 
 lxt_functional: Any = importlib.import_module("lxt.explicit.functional")
+lxt_explicit_rules: Any = importlib.import_module("lxt.explicit.rules")
 captum: Any = importlib.import_module("captum.attr")
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, in units of the largest expected value; infinite where ``found`` is not finite."""
+    """The largest difference, in units of the largest expected value; infinite unless ``found`` is finite."""
     if not torch.isfinite(found).all():
         return float("inf")
     return float(((found - expected).abs().max() / expected.abs().max()).detach())

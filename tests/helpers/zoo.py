@@ -146,7 +146,14 @@ def roberta() -> Case:
 
 
 def gpt2() -> Case:
-    extra = {"n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 1, "use_cache": False}
+    extra = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "use_cache": False,
+    }
     model = _text(transformers.GPT2Config, transformers.GPT2LMHeadModel, **extra)
     return Case(model, (), {"input_ids": ids()}, target=Token(-1, 7))
 

@@ -72,7 +72,7 @@ def test_float32_error_is_that_of_the_gradient(name: str) -> None:
     for composite in ("attnlrp", "input_x_gradient"):
         found = by_name(tape_of(single, composite).relevance(single.target, per_dimension=True))
         exact = by_name(tape_of(double, composite).relevance(double.target, per_dimension=True))
-        errors[composite] = max((relative_error(found[key], exact[key]) for key in exact))
+        errors[composite] = max(relative_error(found[key], exact[key]) for key in exact)
     floor = 8 * torch.finfo(torch.float32).eps
     assert errors["attnlrp"] <= 2 * errors["input_x_gradient"] + floor, errors
 

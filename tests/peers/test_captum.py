@@ -1,7 +1,7 @@
 """Input x gradient, and epsilon-LRP where Captum's is right, against Captum 0.9.
 
-Captum's LRP hooks a closed list of modules and refuses the rest (Flatten, LayerNorm, Embedding); on residual networks
-its relevance explodes. On plain chains of convolutions, linear layers, ReLU and pooling it is the epsilon rule.
+Captum's LRP hooks a closed list of modules and refuses the rest (Flatten, LayerNorm, Embedding); on residual
+networks its relevance explodes. On chains of convolutions, linear layers, ReLU and pooling it is epsilon-LRP.
 """
 
 from __future__ import annotations

@@ -1,0 +1,116 @@
+"""In-place programs keep their meaning without in-place ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrp_compiler import compile_for_lrp, errors
+
+
+class Program(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x)
+
+
+def chained_views(x: Tensor) -> Tensor:
+    y = x * 2
+    y.view(6, 4)[1:3].transpose(0, 1)[0].mul_(3).add_(1)
+    return y.sum(1)
+
+
+def view_taken_before_the_write(x: Tensor) -> Tensor:
+    y = x.clone()
+    row = y[1]
+    y.mul_(5)
+    return row * y.sum(0)
+
+
+def write_seen_through_another_view(x: Tensor) -> Tensor:
+    y = x.clone()
+    columns = y.t()
+    y[0] = 7.0
+    return columns.permute(1, 0) * y
+
+
+def masked_and_filled(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, ::2] = 0
+    y.masked_fill_(y > 1, 0.5)
+    return y.relu_()
+
+
+def copied_with_broadcast(x: Tensor) -> Tensor:
+    y = torch.zeros(4, 6)
+    y.copy_(x[0])
+    y[:, 1:3].copy_(x[1, :2])
+    return y * x
+
+
+def accumulated(x: Tensor) -> Tensor:
+    total = torch.zeros(3, 6)
+    total.index_add_(0, torch.tensor([0, 2, 2, 1]), x)
+    total.index_put_((torch.tensor([1]),), x[3], accumulate=True)
+    return total
+
+
+def diagonal_written(x: Tensor) -> Tensor:
+    y = x[:, :4].clone()
+    y.diagonal().zero_()
+    return y
+
+
+def integer_counter(x: Tensor) -> Tensor:
+    steps = torch.zeros(4, dtype=torch.long)
+    steps += torch.arange(4)
+    return x * steps.unsqueeze(1)
+
+
+def decomposition_that_writes(x: Tensor) -> Tensor:
+    return torch.nn.functional.cosine_similarity(x, x.flip(0))
+
+
+PROGRAMS = [
+    decomposition_that_writes,
+    chained_views,
+    view_taken_before_the_write,
+    write_seen_through_another_view,
+    masked_and_filled,
+    copied_with_broadcast,
+    accumulated,
+    diagonal_written,
+    integer_counter,
+]
+
+
+@pytest.mark.parametrize("fn", PROGRAMS, ids=lambda fn: fn.__name__)
+def test_in_place_programs_compute_the_same(fn: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(4, 6)
+    explained = compile_for_lrp(Program(fn), "gradient")
+    expected = fn(x)
+    assert torch.equal(explained(x), expected)
+    leaf = x.clone().requires_grad_()
+    seed = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad(fn(leaf), leaf, seed)
+    _, tape = explained.run(x)
+    torch.testing.assert_close(tape.relevance(seed), gradient)
+
+
+def test_a_write_that_cannot_be_followed_is_refused() -> None:
+    def piecewise(x: Tensor) -> Tensor:
+        y = x.clone()
+        y.unbind(0)[0].mul_(2)
+        return y
+
+    with pytest.raises(errors.UnsupportedMutationError, match="one piece of unbind") as caught:
+        compile_for_lrp(Program(piecewise))(torch.randn(4, 6))
+    assert "x.mul(" in str(caught.value) and "test_functionalise.py" in str(caught.value)
