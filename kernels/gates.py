@@ -115,6 +115,21 @@ def atan(x: Tensor) -> Tensor:
     return _ratio(torch.atan(x), x, 1.0)
 
 
+def erf(x: Tensor) -> Tensor:
+    """erf(x) / x, 2 / sqrt(pi) at zero."""
+    return _ratio(torch.erf(x), x, 2 / math.sqrt(math.pi))
+
+
+def expm1(x: Tensor) -> Tensor:
+    """expm1(x) / x, 1 at zero."""
+    return _ratio(torch.expm1(x), x, 1.0)
+
+
+def log1p(x: Tensor) -> Tensor:
+    """log1p(x) / x, 1 at zero."""
+    return _ratio(torch.log1p(x), x, 1.0)
+
+
 def absolute(x: Tensor) -> Tensor:
     """sign(x)."""
     return torch.sign(x)
@@ -180,6 +195,9 @@ GATES: dict[str, Callable[..., Tensor]] = {
     "aten::sinh": sinh,
     "aten::asinh": asinh,
     "aten::atan": atan,
+    "aten::erf": erf,
+    "aten::expm1": expm1,
+    "aten::log1p": log1p,
     "aten::abs": absolute,
     "aten::hardtanh": hardtanh,
     "aten::clamp": clamp,

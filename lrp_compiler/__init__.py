@@ -1,6 +1,6 @@
 """A graph compiler that explains neural networks by Layer-wise Relevance Propagation."""
 
-from lrp_compiler import composites, errors, seeds
+from lrp_compiler import composites, errors, rules, seeds
 from lrp_compiler.api import compile_for_lrp
 from lrp_compiler.ledger import Ledger
 from lrp_compiler.module import LRPModule
@@ -22,5 +22,6 @@ __all__ = [
     "composites",
     "errors",
     "register_rule",
+    "rules",
     "seeds",
 ]

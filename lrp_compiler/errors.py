@@ -2,6 +2,7 @@
 
 from lrp_compiler.passes.errors import (
     CaptureError,
+    DerivativeError,
     DeviceMismatchError,
     DuplicateRuleError,
     LedgerError,
@@ -24,6 +25,7 @@ from lrp_compiler.passes.errors import (
 
 __all__ = [
     "CaptureError",
+    "DerivativeError",
     "DeviceMismatchError",
     "DuplicateRuleError",
     "LRPError",

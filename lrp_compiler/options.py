@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lrp_compiler.passes.errors import OptionValueError, UnknownOptionError
-from lrp_compiler.passes.rules.user import RuleFunction
-from lrp_compiler.registry import target_name
+from lrp_compiler.registry import GivenRule, target_name
 
 
 @dataclass(frozen=True)
@@ -16,9 +15,9 @@ class Options:
     """What a user may set beside the composite."""
 
     output: str | None = field(default=None, metadata={"help": "name of the output to explain, when there are several"})
-    rules: Mapping[str, RuleFunction] = field(
+    rules: Mapping[str, GivenRule] = field(
         default_factory=dict,
-        metadata={"help": "{op: rule function} for this module alone, over registered rules"},
+        metadata={"help": "{op: rule function or Rule} for this module alone, over registered rules"},
     )
     verify: Literal["off", "ledger"] = field(
         default="off",

@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lrp_compiler.passes.errors import DuplicateRuleError, OptionValueError
-from lrp_compiler.passes.rules.base import Composite, Matcher
+from lrp_compiler.passes.rules.base import Composite, Matcher, Rule
 from lrp_compiler.passes.rules.user import RuleFunction, UserRule
+
+GivenRule = RuleFunction | Rule
+"""What users may give for an op: a function of coefficients, or one of the library's rule objects."""
 
 
 class RuleRegistry:
     """Op name -> rule function; refuses a second rule for an op unless told to replace the first."""
 
     def __init__(self) -> None:
-        self._rules: dict[str, RuleFunction] = {}
+        self._rules: dict[str, GivenRule] = {}
 
     def add(self, target: Any, fn: RuleFunction, *, replace: bool = False) -> None:
         """Register ``fn`` for an OpOverload or OpOverloadPacket (all its overloads); raises DuplicateRuleError."""
@@ -27,7 +30,7 @@ class RuleRegistry:
         """Forget the rule of an op; KeyError when it has none."""
         del self._rules[target_name(target)]
 
-    def snapshot(self) -> dict[str, RuleFunction]:
+    def snapshot(self) -> dict[str, GivenRule]:
         """The rules as they are now; what is registered later does not reach modules compiled before."""
         return dict(self._rules)
 
@@ -63,9 +66,14 @@ def target_name(target: Any) -> str:
     return str(name)
 
 
-def with_rules(composite: Composite, rules: Mapping[str, RuleFunction]) -> Composite:
+def rule_of(given: GivenRule) -> Rule:
+    """A rule object as it is, a function as the rule it writes."""
+    return given if isinstance(given, Rule) else UserRule(given)
+
+
+def with_rules(composite: Composite, rules: Mapping[str, GivenRule]) -> Composite:
     """``composite`` with user rules tried first."""
     if not rules:
         return composite
-    lines = tuple((Matcher(target=name), UserRule(fn)) for name, fn in rules.items())
+    lines = tuple((Matcher(target=name), rule_of(given)) for name, given in rules.items())
     return composite.override(*lines, name=composite.name)

@@ -85,6 +85,7 @@ def make_report(model: str, stages: tuple[Stage, ...], executable: Executable, e
     """Collect the report from the stages of one request."""
     program = explained.program
     live = [node for node in forward_nodes(program) if facts(node).live and node.op == "call_function"]
+    patterns = [pattern for node in live if (pattern := facts(node).pattern) is not None]
     flowing = [node for node in live if facts(node).flows and facts(node).rule is not None]
     names = explained.explainable_outputs()
     (chosen,) = executable.program.seeds
@@ -103,7 +104,7 @@ def make_report(model: str, stages: tuple[Stage, ...], executable: Executable, e
         relevance_ops=sum(node.op == "call_function" for node in relevance.nodes),
         rules=dict(sorted(Counter((op_name(node), str(facts(node).rule)) for node in flowing).items())),
         stopped=dict(Counter(op_name(node) for node in live if facts(node).rule is not None and not facts(node).flows)),
-        patterns=dict(Counter(p.kind for node in live if (p := facts(node).pattern) is not None)),
+        patterns=dict(Counter(pattern.kind for pattern in patterns)),
         conversions=executable.program.conversions,
         buffers=executable.program.buffers,
         milliseconds={stage.name: stage.milliseconds for stage in stages},

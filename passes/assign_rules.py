@@ -23,19 +23,18 @@ def assign_rules(program: Program, composite: Composite) -> Program:
     inside = _inside_patterns(program, composite)
     uncovered: list[fx.Node] = []
     for node in forward_nodes(program):
-        if not facts(node).live:
+        if not facts(node).live or node.name in inside:
             continue
         if node.name in sources:
             learn(node, flows=True)
             continue
         op = Operation(node, nodes)
-        if not op.flowing and node.name not in inside:
+        if not op.flowing:
             continue
         rule = composite.rule_for(op)
         if rule is None:
-            if node.name not in inside:
-                uncovered.append(node)
-                learn(node, flows=True)
+            uncovered.append(node)
+            learn(node, flows=True)
             continue
         learn(node, rule=rule, flows=bool(rule.receivers(op)))
     if uncovered:
@@ -44,7 +43,10 @@ def assign_rules(program: Program, composite: Composite) -> Program:
 
 
 def _inside_patterns(program: Program, composite: Composite) -> set[str]:
-    """The nodes that recognised groups have swallowed; a composite without patterns sees every op by itself."""
+    """The nodes that recognised groups have swallowed, which nothing outside the group reads.
+
+    A composite without patterns sees every op by itself.
+    """
     members: set[str] = set()
     for node in forward_nodes(program):
         pattern = facts(node).pattern

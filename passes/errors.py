@@ -151,6 +151,12 @@ class OptionValueError(LRPError):
     hint = "See help(lrp_compiler.compile_for_lrp)."
 
 
+class DerivativeError(LRPError):
+    id = "LRP019"
+    template = "torch's derivative of {op} cannot be traced: {cause}"
+    hint = "Give the op a rule of its own: rules={{op: function}} or @lrp_compiler.register_rule."
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")

@@ -78,9 +78,9 @@ OP_TABLE: dict[str, OpEntry] = {
     **_entries(
         OpClass.ACTIVATION,
         "relu relu6 leaky_relu gelu silu mish hardswish elu selu celu tanh hardtanh hardshrink softshrink"
-        " threshold prelu abs asinh atan sin sinh clamp clamp_min clamp_max",
+        " threshold prelu abs asinh atan sin sinh erf expm1 log1p clamp clamp_min clamp_max",
     ),
-    **_entries(OpClass.NONLINEAR, "sigmoid softplus exp expm1 log log1p cos cosh erf log_sigmoid hardsigmoid"),
+    **_entries(OpClass.NONLINEAR, "sigmoid softplus exp log cos cosh log_sigmoid hardsigmoid"),
     **_entries(OpClass.STATISTIC, "rsqrt sqrt reciprocal var std norm linalg_vector_norm"),
     **_entries(OpClass.POWER, "pow square"),
     **_entries(
@@ -115,6 +115,9 @@ OP_TABLE: dict[str, OpEntry] = {
         " empty_strided new_empty_strided fill bernoulli_ is_nonzero lift_fresh_copy triu_indices tril_indices",
     ),
 }
+
+RECURRENT = frozenset({"aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"})
+"""Ops without a rule that are kept whole: torch opens them into kernels whose derivative cannot be traced."""
 
 TARGET_NAMES = {operator.getitem: "builtin::getitem"}
 

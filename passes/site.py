@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from lrp_compiler.passes.errors import DerivativeError, user_source
 from lrp_compiler.passes.operation import Operand, Operation
+from lrp_compiler.passes.optable import RECURRENT, op_name
 from lrp_compiler.passes.program import FACTS, Facts, facts, is_float, value_of
 from lrp_compiler.passes.rules.base import Edges
 from lrp_compiler.passes.trace import Emitter
@@ -49,14 +51,20 @@ class Site:
             outputs = self.float_outputs()
             edges_of_outputs = edge if isinstance(edge, list) else [edge]
             cotangents = [edges_of_outputs[index] for index in outputs]
-            results = self.emit(
-                pullback,
-                *(self.node.target, self.op.args, self.op.kwargs, leaves, cotangents, list(outputs.values())),
-                autograd=True,
-                rewire=True,
-            )
-            edges.update(zip(rest, results, strict=True))
+            arguments = (self.node.target, self.op.args, self.op.kwargs, leaves, cotangents, list(outputs.values()))
+            edges.update(zip(rest, self.traced_pullback(arguments), strict=True))
         return edges
+
+    def traced_pullback(self, arguments: tuple[Any, ...]) -> list[fx.Node]:
+        """Emit torch's own derivative of this op; raises DerivativeError when it cannot be traced."""
+        if op_name(self.node) in RECURRENT:
+            raise DerivativeError(op=str(self.op), cause="its kernel hides it", source=user_source(self.node))
+        try:
+            made: list[fx.Node] = self.emit(pullback, *arguments, autograd=True, rewire=True)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            cause = str(error).splitlines()[0]
+            raise DerivativeError(op=str(self.op), cause=cause, source=user_source(self.node)) from error
+        return made
 
     def scale(self, edge: fx.Node, factor: float) -> fx.Node:
         """P2: factor * c."""

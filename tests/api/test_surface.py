@@ -11,10 +11,8 @@ import zoo
 from torch import Tensor, nn
 
 from lrp_compiler import Contrast, Tape, Token, compile_for_lrp, composites, errors, register_rule
-from lrp_compiler.passes.optable import OpClass
-from lrp_compiler.passes.rules.base import on
-from lrp_compiler.passes.rules.plain import Epsilon
 from lrp_compiler.registry import REGISTRY
+from lrp_compiler.rules import Epsilon, OpClass, Stop, on
 
 aten = torch.ops.aten
 
@@ -192,10 +190,10 @@ def test_the_report_is_data() -> None:
 
 def test_composites_are_data_that_users_change_in_one_line() -> None:
     case = zoo.build("vgg", double=True)
-    changed = composites.attnlrp().override((on(OpClass.LINEAR, path="7"), Epsilon(0.1)))
+    changed = composites.attnlrp().override((on(OpClass.LINEAR, path="7"), Epsilon(epsilon=0.1)))
     report = compile_for_lrp(case.model, changed).report(*case.args)
     assert report.rules["aten::linear", "epsilon(0.1)"] == 1 and report.rules["aten::linear", "plain"] == 1
-    by_type = composites.attnlrp().override((on(module_type="Conv2d"), Epsilon(0.1)))
+    by_type = composites.attnlrp().override((on(module_type="Conv2d"), Epsilon(epsilon=0.1)))
     assert compile_for_lrp(case.model, by_type).report(*case.args).rules["aten::conv2d", "epsilon(0.1)"] == 2
 
 
@@ -221,6 +219,9 @@ def test_register_rule_from_user_code() -> None:
 
     def gate(c: Tensor, out: Tensor, value: Tensor) -> Tensor:
         return c * out / value
+
+    stopped = compile_for_lrp(Sinc(), rules={aten.sinc: Stop()}, verify="ledger")
+    torch.testing.assert_close(stopped.attribute(x), torch.sinc(x) * x)
 
     own = compile_for_lrp(Sinc(), rules={aten.sinc.default: gate}, verify="ledger")
     torch.testing.assert_close(own.attribute(x), torch.sinc(x) * x)

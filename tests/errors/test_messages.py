@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from lrp_compiler import Composite, Contrast, Token, compile_for_lrp, composites, errors, register_rule
 from lrp_compiler.passes.errors import LRPError
-from lrp_compiler.passes.optable import OpClass
-from lrp_compiler.passes.rules.base import on
-from lrp_compiler.passes.rules.plain import Plain
 from lrp_compiler.registry import REGISTRY
+from lrp_compiler.rules import OpClass, Plain, on
 
 
 def mlp() -> nn.Module:
@@ -68,6 +66,18 @@ def twice() -> None:
         register_rule(torch.ops.aten.sinc)(rule)
     finally:
         REGISTRY.remove(torch.ops.aten.sinc)
+
+
+def recurrent() -> Any:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTM(3, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.cell(x)[0].sum((1, 2))
+
+    return compile_for_lrp(Recurrent(), "gradient").attribute(torch.ones(2, 5, 3))
 
 
 def leaky(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
@@ -152,6 +162,7 @@ CASES: list[tuple[str, Callable[[], Any], type[LRPError], list[str]]] = [
         ["misshapen", "(4,)", "(2, 4)"],
     ),
     ("count of a rule", lambda: relu_with(lambda c, out, x: (c, c)), errors.RuleResultError, ["2 value(s)"]),
+    ("no derivative", recurrent, errors.DerivativeError, ["aten::lstm", "register_rule"]),
     ("second rule", twice, errors.DuplicateRuleError, ["aten::sinc", "replace=True"]),
     (
         "coefficients of the reference",
