@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,12 +39,14 @@ class ExplainedCall:
     def program(self) -> Program:
         return self.stages[-1].program
 
-    def executable(self, request: Request) -> Executable:
-        """Code for ``request``, emitted at its first use."""
-        return self.emitted(request)[1]
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether the forward pass draws random numbers."""
+        seeded = torch.Tag.nondeterministic_seeded
+        return any(seeded in getattr(node.target, "tags", ()) for node in self.program.graph.nodes)
 
     def emitted(self, request: Request) -> tuple[tuple[Stage, ...], Executable]:
-        """All stages and the code for ``request``."""
+        """All stages and the code for ``request``, made at its first use."""
         if request not in self.executables:
             self.executables[request] = emit(self.stages, request)
         return self.executables[request]

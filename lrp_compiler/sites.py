@@ -31,7 +31,7 @@ def site_table(program: Program) -> dict[str, SiteRef]:
     table: dict[str, SiteRef] = {}
     by_name = program.nodes_by_name()
     for node in forward_nodes(program):
-        if node.op == "call_function" and facts(node).live:
+        if node.op == "call_function" and facts(node).live and _is_single(node):
             table[node.name] = SiteRef(node.name, (node.name,))
     for label, nodes in _module_outputs(program).items():
         table[label] = SiteRef(label, nodes)

@@ -48,7 +48,7 @@ class Tape:
         """Run the forward pass on the graph's inputs; returns the output leaves that are tensors."""
         executable = self._compiler.emitted(self._call, self._request)[1]
         self._inputs = _protected(self.program, inputs)
-        self._rng = torch.get_rng_state() if _is_random(self.program) else None
+        self._rng = torch.get_rng_state() if self._call.is_random else None
         self._leaves, mutated, self._saved = _run_forward(executable, inputs)
         write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
         self._versions = {name: _version(value) for name, value in self._inputs.items()}
@@ -235,10 +235,6 @@ def _protected(program: Program, inputs: list[Any]) -> dict[str, Any]:
     overwritten = {mutation.input for mutation in program.mutations}
     named = zip((spec.node for spec in program.inputs), inputs, strict=True)
     return {name: value.detach().clone() if name in overwritten else value for name, value in named}
-
-
-def _is_random(program: Program) -> bool:
-    return any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in program.graph.nodes)
 
 
 def _version(value: Any) -> int | None:

@@ -81,6 +81,8 @@ def _max_pool(dims: int) -> Transpose:
 
 def _reshaped(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
     shape = list(tensor_of(receiver.node).shape)
+    if tensor_of(receiver.node).dtype != tensor_of(edge).dtype:
+        return None
     if shape == list(tensor_of(edge).shape):
         return edge
     return site.emitter.call(aten.reshape.default, edge, shape)

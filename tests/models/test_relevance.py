@@ -55,6 +55,12 @@ def test_agrees_with_the_relevance_space_reference(name: str, composite: str) ->
         torch.testing.assert_close(ours[key], expected, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL * scale)
 
 
+@pytest.mark.parametrize("name", ["resnet", "bert", "llama"])
+def test_verify_ledger_accepts_sound_relevance_in_float32(name: str) -> None:
+    case = zoo.build(name)
+    assert by_name(tape_of(case, "attnlrp", verify="ledger").relevance(case.target))
+
+
 @pytest.mark.parametrize("name", ["llama", "llama_eager", "t5"])
 def test_models_that_cast_inside_close_to_that_precision(name: str) -> None:
     """Hugging Face computes RMSNorm (and eager softmax) in float32 even in float64 models: so closes the ledger."""
