@@ -5,6 +5,7 @@ from lrp_compiler.api import compile_for_lrp
 from lrp_compiler.ledger import Ledger
 from lrp_compiler.module import LRPModule
 from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.patching import patch_effects, true_patch_effects
 from lrp_compiler.registry import register_rule
 from lrp_compiler.report import Report
 from lrp_compiler.seeds import Contrast, Token
@@ -21,7 +22,9 @@ __all__ = [
     "compile_for_lrp",
     "composites",
     "errors",
+    "patch_effects",
     "register_rule",
     "rules",
     "seeds",
+    "true_patch_effects",
 ]

@@ -18,7 +18,8 @@ ROUNDING_STEPS = 4096
 class LedgerRow:
     """One op: relevance ``given`` at its output, ``taken`` by each operand, ``sinks`` by name; sums over all elements.
 
-    ``gap`` is what is missing, ``magnitude`` the sum of absolute relevances it should be judged against.
+    ``gap`` is what is missing, ``magnitude`` the largest sum of absolute values among those three, which it should be
+    judged against.
     """
 
     op: str
@@ -105,8 +106,8 @@ def ledger_from_results(
             inputs += value[0].item() if result.detail in sources else 0.0
         elif result.kind == "sink":
             sinks.setdefault(result.site, {})[result.detail] = value.double().sum().item()
-        if result.kind in ("given", "taken"):
-            magnitude[result.site] = max(magnitude.get(result.site, 0.0), value[1].item())
+        size = value.double().abs().sum() if result.kind == "sink" else value[1]
+        magnitude[result.site] = max(magnitude.get(result.site, 0.0), size.item())
     rows = tuple(
         LedgerRow(op, rules[op], sum(values), taken.get(op, {}), sinks.get(op, {}), magnitude[op])
         for op, values in given.items()

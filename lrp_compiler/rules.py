@@ -3,18 +3,32 @@
 from lrp_compiler.passes.optable import OpClass
 from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
 from lrp_compiler.passes.rules.base import Matcher, Rule, on
-from lrp_compiler.passes.rules.elementwise import Identity, IdentityRelevance
+from lrp_compiler.passes.rules.elementwise import (
+    BetaSmooth,
+    DeconvNet,
+    GuidedBackprop,
+    Identity,
+    IdentityRelevance,
+)
 from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, SoftmaxGradient
 from lrp_compiler.passes.rules.plain import Epsilon, Plain, Stop
 from lrp_compiler.passes.rules.product import Numerator, Uniform
+from lrp_compiler.passes.rules.signsplit import AlphaBeta, Gamma, ZPlus
+from lrp_compiler.passes.rules.terminal import Flat, WSquare, ZBox
 
 __all__ = [
+    "AlphaBeta",
     "Attention",
     "AttentionValueOnly",
     "BatchNorm",
+    "BetaSmooth",
+    "DeconvNet",
     "Epsilon",
+    "Flat",
+    "Gamma",
     "Gradient",
+    "GuidedBackprop",
     "Identity",
     "IdentityRelevance",
     "LayerNorm",
@@ -27,5 +41,8 @@ __all__ = [
     "SoftmaxGradient",
     "Stop",
     "Uniform",
+    "WSquare",
+    "ZBox",
+    "ZPlus",
     "on",
 ]

@@ -64,6 +64,55 @@ class Token(Seed):
         return seed
 
 
+@dataclass(frozen=True)
+class MeanContrast(Seed):
+    """One entry against the mean of all N: e_index - 1/N over the last dimension (LXT's advice for GPT-2)."""
+
+    index: Any
+
+    def seed(self, output: Tensor) -> Tensor:
+        hot = one_hot(output, self.index)
+        return hot - hot.sum(-1, keepdim=True) / output.shape[-1]
+
+
+@dataclass(frozen=True)
+class LogProbability(Seed):
+    """The log-softmax of one entry, to first order: e_index - softmax(output) over the last dimension."""
+
+    index: Any
+
+    def seed(self, output: Tensor) -> Tensor:
+        hot = one_hot(output, self.index)
+        return hot - hot.sum(-1, keepdim=True) * output.softmax(-1)
+
+
+@dataclass(frozen=True)
+class TopK(Seed):
+    """The sum of the ``k`` largest entries of a (batch, classes) output."""
+
+    k: int
+
+    def seed(self, output: Tensor) -> Tensor:
+        if output.dim() != 2 or not 0 < self.k <= output.shape[1]:
+            raise TargetError(target=self, shape=tuple(output.shape), cause="TopK needs (batch, at least k classes)")
+        return torch.zeros_like(output).scatter(1, output.topk(self.k, 1).indices, 1.0)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A span of a question-answering model: start logit at ``start`` plus end logit at ``end``, per sample.
+
+    Called with the model's output, which has ``start_logits`` and ``end_logits`` of shape (batch, tokens).
+    """
+
+    start: Index
+    end: Index
+
+    def __call__(self, output: Any) -> Tensor:
+        parts = [(output.start_logits, self.start), (output.end_logits, self.end)]
+        return sum(((logits * one_hot(logits.detach(), index)).sum(-1) for logits, index in parts), torch.zeros(()))
+
+
 def seeds_for(
     outputs: dict[int, Tensor], chosen: int, target: Target, rebuild: Callable[[dict[int, Tensor]], Any]
 ) -> dict[int, Tensor]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild_output
 from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import OptionValueError, OutputError, StaleTapeError
-from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Request, Result
+from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.seeds import Target, seeds_for
@@ -78,11 +81,31 @@ class Tape:
         readout: EdgeKind = composite.readout if composite is not None else "relevance"
         return self._at_sites(target, at, output, readout, per_dimension)
 
+    def relevance_of_each(
+        self, targets: list[Target], at: Names = None, *, output: str | None = None, per_dimension: bool = False
+    ) -> Any:
+        """``relevance`` for several targets in one pass: results gain a leading dimension, one entry per target.
+
+        The relevance pass is mapped over the seeds (torch.vmap); the forward pass is shared as ever.
+        """
+        if self._compiler.options.reference:
+            each = [self.relevance(target, at, output=output, per_dimension=per_dimension) for target in targets]
+            return pytree.tree_map(lambda *found: torch.stack(found), *each)
+        composite = self.program.composite
+        readout: EdgeKind = composite.readout if composite is not None else "relevance"
+        return self._at_sites(_Several(tuple(targets)), at, output, readout, per_dimension)
+
     def coefficients(self, target: Target = None, at: Names = None, *, output: str | None = None) -> Any:
         """The coefficients c (R = a * c) at sites; arguments and result as in ``relevance``, never summed."""
         if self._compiler.options.reference:
             raise OptionValueError(name="reference", value=True, cause="a relevance-space pass has no coefficients")
         return self._at_sites(target, at, output, "coefficient", True)
+
+    def activations(self, at: Names = None) -> Any:
+        """The forward values at sites; result as in ``relevance``, token inputs giving their embeddings."""
+        chosen = self._call.chosen_output(self._compiler.options.output)
+        nothing = torch.zeros_like(self._outputs()[chosen])
+        return self._at_sites(nothing, at, None, "activation", True)
 
     def sinks(self, target: Target = None, *, output: str | None = None) -> Sinks:
         """What left the graph on purpose: op -> kind -> relevance tensor (bias, constant, softmax, mask, epsilon)."""
@@ -112,7 +135,7 @@ class Tape:
         dtype = next(iter(seeds.values())).dtype
         return ledger_from_results(self.program, results, total, dtype)
 
-    def _at_sites(self, target: Target, at: Names, output: str | None, kind: EdgeKind, per_dimension: bool) -> Any:
+    def _at_sites(self, target: Target, at: Names, output: str | None, kind: Reading, per_dimension: bool) -> Any:
         names = list(self.program.attributed) if at is None else [at] if isinstance(at, str) else list(at)
         refs = resolve_sites(self.program, names)
         nodes = tuple(dict.fromkeys((node, kind) for ref in refs for node in ref.nodes))
@@ -136,6 +159,8 @@ class Tape:
         def rebuild(replaced: dict[int, Tensor]) -> Any:
             return rebuild_output(self.program, list({**leaves, **replaced}.values()))
 
+        if isinstance(target, _Several):
+            return target.stacked([seeds_for(explainable, chosen, one, rebuild) for one in target.targets])
         seeds = seeds_for(explainable, chosen, target, rebuild)
         if not seeds:
             known = ", ".join(output_names(self.program)[index] for index in explainable)
@@ -146,7 +171,7 @@ class Tape:
         self,
         target: Target,
         output: str | None,
-        sites: tuple[tuple[str, Literal["relevance", "coefficient"]], ...],
+        sites: tuple[tuple[str, Reading], ...],
         *,
         sinks: bool = False,
         ledger: bool = False,
@@ -160,15 +185,15 @@ class Tape:
         executable = self._compiler.emitted(self._call, request)[1]
         self._complete(executable)
         values = [self._inputs[name] for name in executable.free] + [self._saved[name] for name in executable.saved]
-        assert executable.relevance is not None
         with torch.no_grad():
-            results = executable.relevance(*values, *seeds.values())
+            results = _relevance(executable, values, list(seeds.values()), mapped=isinstance(target, _Several))
         if self._compiler.options.verify == "ledger" and not ledger:
-            self._ledger(target, output).check()
+            for one in target.targets if isinstance(target, _Several) else [target]:
+                self._ledger(one, output).check()
         return list(zip(executable.program.results, results, strict=True)), seeds
 
     def _ask_reference(
-        self, seeds: dict[int, Tensor], sites: tuple[tuple[str, EdgeKind], ...], accounts: bool
+        self, seeds: dict[int, Tensor], sites: tuple[tuple[str, Reading], ...], accounts: bool
     ) -> list[tuple[Result, Tensor]]:
         if accounts:
             raise OptionValueError(name="reference", value=True, cause="the reference interpreter keeps no ledger")
@@ -194,6 +219,33 @@ class Tape:
             if self._versions[spec.node] != _version(value):
                 what = "the input" if spec.kind is InputKind.USER else f"the {spec.kind.value}"
                 raise StaleTapeError(name=f"{what} {spec.target}")
+
+
+@dataclass(frozen=True)
+class _Several:
+    """Targets to be explained side by side."""
+
+    targets: tuple[Target, ...]
+
+    def stacked(self, seeds: list[dict[int, Tensor]]) -> dict[int, Tensor]:
+        """One seed per output with the targets along a new first dimension; absent seeds are zero."""
+        known = {index: seed for found in seeds for index, seed in found.items()}
+        return {
+            index: torch.stack([found.get(index, torch.zeros_like(known[index])) for found in seeds])
+            for index in sorted(known)
+        }
+
+
+def _relevance(executable: Executable, values: list[Tensor], seeds: list[Tensor], *, mapped: bool) -> Any:
+    """The results of a relevance graph; ``mapped`` seeds carry one more dimension in front, and so do results."""
+    assert executable.relevance is not None
+    if not mapped:
+        return executable.relevance(*values, *seeds)
+    in_dims = (*(None for _ in values), *(0 for _ in seeds))
+    with warnings.catch_warnings():
+        # Ops without a batching rule (CPU flash attention) run once per target; the result is the same.
+        warnings.filterwarnings("ignore", message=".*batching rule.*")
+        return torch.vmap(executable.relevance, in_dims=in_dims)(*values, *seeds)
 
 
 class _ReplayedRNG:
@@ -244,7 +296,7 @@ def _version(value: Any) -> int | None:
     return value._version
 
 
-def _gather(ref: SiteRef, values: dict[str, Tensor], kind: EdgeKind, per_dimension: bool) -> Tensor:
+def _gather(ref: SiteRef, values: dict[str, Tensor], kind: Reading, per_dimension: bool) -> Tensor:
     """The value of one site; embeddings of one token input add up, their hidden dimension summed if asked."""
     parts = [values[name] for name in ref.nodes]
     if ref.is_tokens and not per_dimension and kind == "relevance":

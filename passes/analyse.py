@@ -1,17 +1,27 @@
-"""analyse: where relevance can be read (sources of each attributed input) and which nodes depend on one (live)."""
+"""analyse: where relevance can be read (sources), which nodes depend on that (live), which cannot be negative."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 import torch
 from torch import fx
 
 from lrp_compiler.passes.errors import NoAttributableInputError, UnknownInputError
-from lrp_compiler.passes.optable import OpClass, classify, op_name
+from lrp_compiler.passes.optable import OpClass, aten_names, classify, op_name
 from lrp_compiler.passes.program import InputKind, Program, carries_float, is_float, learn
 
-INDEX_CASTS = frozenset({"aten::to", "aten::_to_copy", "aten::clone"})
+RECTIFIERS = aten_names("relu relu6 abs sigmoid hardsigmoid softplus exp square softmax _softmax sqrt")
+SIGN_KEEPERS = aten_names(
+    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose permute t expand repeat "
+    "clone contiguous to _to_copy slice select index index_select gather cat stack split split_with_sizes "
+    "chunk unbind flip roll max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d "
+    "avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
+    "adaptive_max_pool2d sum mean amax amin upsample_nearest1d upsample_nearest2d upsample_bilinear2d add "
+    "mul maximum relu"
+)
+ARITHMETIC = aten_names("add mul")
 
 
 def analyse(program: Program, attributed: tuple[str, ...] | None = None) -> Program:
@@ -36,7 +46,25 @@ def analyse(program: Program, attributed: tuple[str, ...] | None = None) -> Prog
         described = ", ".join(f"'{name}' is {_describe(tensors[name])}" for name in tensors)
         raise NoAttributableInputError(cause=described or "the model takes no tensors")
     _mark_live(program, {name for found in sources.values() for name in found})
+    _mark_non_negative(program)
     return program.having(sources=sources, attributed=tuple(sources))
+
+
+def _mark_non_negative(program: Program) -> None:
+    """Mark values no element of which can be negative: rectified ones, and what keeps the sign of those."""
+    known: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = op_name(node)
+        floats = [operand for operand in node.all_input_nodes if carries_float(operand)]
+        numbers = [arg for arg in node.args if isinstance(arg, (int, float))] if name in ARITHMETIC else []
+        keeps = name in SIGN_KEEPERS or node.target is operator.getitem
+        numbers.append(node.kwargs.get("alpha", 1))
+        kept = keeps and floats and all(operand in known for operand in floats) and all(n >= 0 for n in numbers)
+        if name in RECTIFIERS or kept:
+            known.add(node)
+            learn(node, non_negative=True)
 
 
 def _describe(node: fx.Node) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from lrp_compiler.passes.errors import UncoveredOpsError, user_source
-from lrp_compiler.passes.operation import Operation
+from lrp_compiler.passes.operation import FOLDED, Operation
 from lrp_compiler.passes.optable import classify, op_name
-from lrp_compiler.passes.program import Program, facts, forward_nodes, learn, module_path
-from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.passes.program import Pattern, Program, facts, first_argument, forward_nodes, learn, module_path
+from lrp_compiler.passes.rules.base import Composite, Matcher, Rule
 
 
 def assign_rules(program: Program, composite: Composite) -> Program:
@@ -22,6 +23,7 @@ def assign_rules(program: Program, composite: Composite) -> Program:
     sources = {name for found in program.sources.values() for name in found}
     inside = _inside_patterns(program, composite)
     uncovered: list[fx.Node] = []
+    used: set[Matcher] = set()
     for node in forward_nodes(program):
         if not facts(node).live or node.name in inside:
             continue
@@ -31,10 +33,12 @@ def assign_rules(program: Program, composite: Composite) -> Program:
         op = Operation(node, nodes)
         if not op.flowing:
             continue
-        rule = composite.rule_for(op)
+        rule = facts(node).rule if op.is_folded else composite.rule_for(op, used)
         if rule is None:
             uncovered.append(node)
             learn(node, flows=True)
+            continue
+        if rule.folds_batch_norm and not op.is_folded and fold_batch_norm(node, rule, inside):
             continue
         learn(node, rule=rule, flows=bool(rule.receivers(op)))
     if uncovered:
@@ -55,6 +59,24 @@ def _inside_patterns(program: Program, composite: Composite) -> set[str]:
         elif pattern is not None:
             members.update(pattern.members)
     return members
+
+
+def fold_batch_norm(node: fx.Node, rule: Rule, inside: set[str]) -> bool:
+    """Make a linear op and the eval-mode batch norm that alone reads it one op under ``rule``.
+
+    Found by dataflow, whatever modules they come from. Transposed convolutions are left as they are: their output
+    channels do not lead in the weight.
+    """
+    (norm,) = list(node.users) if len(node.users) == 1 else [None]
+    if norm is None or norm.target is not torch.ops.aten.native_batch_norm.default or norm.args[5]:
+        return False
+    readers = [user for user in norm.users if user.args[1] == 0]
+    if len(readers) != 1 or "transpose" in op_name(node) or norm.args[0] is not node:
+        return False
+    inside.update({node.name, norm.name})
+    pattern = Pattern(FOLDED, (first_argument(node).name,), (node.name, norm.name), (node.name, norm.name))
+    learn(readers[0], pattern=pattern, rule=rule)
+    return True
 
 
 def _refuse(uncovered: list[fx.Node], composite: Composite) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,6 +16,7 @@ from lrp_compiler.passes.program import (
     Constant,
     Facts,
     Program,
+    Reading,
     Request,
     Result,
     facts,
@@ -103,15 +104,19 @@ class _Inserter:
         self.results: list[tuple[Result, fx.Node]] = []
         self.conversions: list[str] = []
         self.sources = {name for found in program.sources.values() for name in found}
-        self.wanted: dict[str, list[Literal["relevance", "coefficient"]]] = {}
+        self.wanted: dict[str, list[Reading]] = {}
         for name, kind in request.sites:
-            self.wanted.setdefault(name, []).append(kind)
+            if kind == "activation":
+                self.results.append((Result(kind, name), self.emitter.resolve(self.nodes[name])))
+            else:
+                self.wanted.setdefault(name, []).append(kind)
 
     def run(self) -> Program:
         self.plant_seeds()
         for node in reversed(list(forward_nodes(self.program))):
             self.visit(node)
-        for name in [name for name in self.wanted if name not in {r.site for r, _ in self.results}]:
+        reached = {result.site for result, _ in self.results if result.kind != "activation"}
+        for name in [name for name in self.wanted if name not in reached]:
             self.unreached(self.nodes[name])
         kept = [self.nodes[leaf] for leaf in self.program.outputs if not isinstance(leaf, Constant)]
         kept += [self.nodes[mutation.value] for mutation in self.program.mutations]

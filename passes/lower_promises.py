@@ -7,7 +7,7 @@ import operator
 from torch import fx
 
 from lrp_compiler.passes.insert_relevance import promise
-from lrp_compiler.passes.optable import op_name
+from lrp_compiler.passes.optable import aten_names, op_name
 from lrp_compiler.passes.program import (
     FACTS,
     Buffer,
@@ -19,24 +19,8 @@ from lrp_compiler.passes.program import (
     tensor_of,
 )
 
-VIEWS = frozenset(
-    f"aten::{name}"
-    for name in [
-        "view",
-        "transpose",
-        "permute",
-        "expand",
-        "unsqueeze",
-        "squeeze",
-        "select",
-        "slice",
-        "t",
-        "unflatten",
-        "alias",
-        "detach",
-    ]
-)
-TUPLE_VIEWS = frozenset(f"aten::{name}" for name in ["split", "split_with_sizes", "chunk", "unbind"])
+VIEWS = aten_names("view transpose permute expand unsqueeze squeeze select slice t unflatten alias detach")
+TUPLE_VIEWS = aten_names("split split_with_sizes chunk unbind")
 
 
 def lower_promises(program: Program) -> Program:

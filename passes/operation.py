@@ -12,6 +12,9 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.passes.optable import OpClass, OpEntry, classify, op_name
 from lrp_compiler.passes.program import Pattern, facts, is_float, value_of
 
+FOLDED = "folded_batch_norm"
+"""The pattern of a linear op and the batch normalisation that only it feeds, taken as one linear map."""
+
 DATA_OF_A_VALUE = frozenset({OpClass.MOVEMENT, OpClass.TUPLE})
 
 
@@ -32,17 +35,31 @@ class Operation:
         self.nodes = nodes
         self.name = node.name
         self.pattern: Pattern | None = facts(node).pattern
+        self.is_folded = self.pattern is not None and self.pattern.kind == FOLDED
+        self.call = nodes[self.pattern.saved[0]] if self.pattern is not None and self.is_folded else node
+
+    @property
+    def linear_name(self) -> str:
+        """The table key of the linear op itself, also when batch normalisation is folded into it."""
+        return op_name(self.call)
+
+    def fold(self) -> list[Any]:
+        """(weight, bias, mean, variance, eps) of the batch normalisation folded into this op, or nothing."""
+        if self.pattern is None or not self.is_folded:
+            return []
+        _, weight, bias, mean, variance, _, _, eps = self.nodes[self.pattern.saved[1]].args
+        return [weight, bias, mean, variance, eps]
 
     @cached_property
     def args(self) -> tuple[Any, ...]:
         """Positional arguments; of a pattern, the nodes it reads."""
-        if self.pattern is not None:
+        if self.pattern is not None and not self.is_folded:
             return tuple(self.nodes[name] for name in self.pattern.inputs)
-        return self.node.args
+        return self.call.args
 
     @cached_property
     def kwargs(self) -> dict[str, Any]:
-        return {} if self.pattern is not None else dict(self.node.kwargs)
+        return {} if self.pattern is not None and not self.is_folded else dict(self.call.kwargs)
 
     @cached_property
     def operands(self) -> tuple[Operand, ...]:
@@ -65,7 +82,7 @@ class Operation:
     @cached_property
     def entry(self) -> OpEntry | None:
         """The op table's entry, made bilinear when relevance flows to two of its factors."""
-        entry = classify(self.node)
+        entry = classify(self.call)
         if entry is None:
             return None
         if entry.op_class is OpClass.LINEAR and len(self.flowing_factors) > 1:
@@ -81,7 +98,7 @@ class Operation:
     @cached_property
     def flowing_factors(self) -> tuple[Operand, ...]:
         """The flowing operands among the op's factors."""
-        entry = classify(self.node)
+        entry = classify(self.call)
         factors = entry.factors if entry is not None else ()
         return tuple(operand for operand in self.flowing if operand.argument in factors)
 

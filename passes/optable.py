@@ -44,8 +44,13 @@ class OpEntry:
     terms: tuple[int, ...] = ()
 
 
+def aten_names(names: str) -> frozenset[str]:
+    """Table keys of ATen ops from their names, separated by blanks."""
+    return frozenset(f"aten::{name}" for name in names.split())
+
+
 def _entries(op_class: OpClass, names: str) -> dict[str, OpEntry]:
-    return {f"aten::{name}": OpEntry(op_class) for name in names.split()}
+    return {name: OpEntry(op_class) for name in sorted(aten_names(names))}
 
 
 OP_TABLE: dict[str, OpEntry] = {
@@ -73,6 +78,7 @@ OP_TABLE: dict[str, OpEntry] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": OpEntry(OpClass.ATTENTION),
     "pattern::rms_norm": OpEntry(OpClass.RMS_NORM),
     "pattern::gelu_tanh": OpEntry(OpClass.ACTIVATION),
+    "pattern::folded_batch_norm": OpEntry(OpClass.LINEAR, factors=(0, 1), terms=(2,)),
     "builtin::getitem": OpEntry(OpClass.TUPLE),
     **_entries(OpClass.ADD, "add sub rsub neg"),
     **_entries(

@@ -55,6 +55,7 @@ class Facts:
     part: Literal["forward", "seed", "relevance", "promise"] = "forward"
     live: bool = False
     flows: bool = False
+    non_negative: bool = False
     pattern: Pattern | None = None
     rule: Rule | None = None
     origin: str = ""
@@ -83,9 +84,13 @@ class Mutation:
 class Result:
     """One value a relevance graph returns: what kind, of which site or op, and its place in the output."""
 
-    kind: Literal["relevance", "coefficient", "sink", "given", "taken"]
+    kind: Literal["relevance", "coefficient", "activation", "sink", "given", "taken"]
     site: str
     detail: str = ""
+
+
+Reading = Literal["relevance", "coefficient", "activation"]
+"""What can be read at a site."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Request:
     """
 
     outputs: tuple[int, ...]
-    sites: tuple[tuple[str, Literal["relevance", "coefficient"]], ...]
+    sites: tuple[tuple[str, Reading], ...]
     sinks: bool = False
     ledger: bool = False
 

@@ -20,6 +20,7 @@ from lrp_compiler.passes.errors import OptionValueError
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Program, facts, forward_nodes, is_float
+from lrp_compiler.passes.reference_linear import LINEAR_FORMULAS
 from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
 from lrp_compiler.passes.rules.base import Rule
 from lrp_compiler.passes.rules.elementwise import Identity, IdentityRelevance
@@ -51,7 +52,7 @@ def reference_relevance(
         outputs = _outputs_of(node, values, arriving)
         if outputs is None:
             continue
-        if node.target is operator.getitem:
+        if node.target is operator.getitem and not op.is_folded:
             _add(arriving, (node.args[0], node.args[1]), outputs[0])
             continue
         for operand, relevance in _propagate(rule, op, outputs, values).items():
@@ -294,5 +295,6 @@ FORMULAS: dict[type[Rule], Callable[[Rule, Operation, list[Tensor], dict[fx.Node
     Attention: _attention,
     AttentionValueOnly: _attention,
     Gradient: _gradient,
+    **LINEAR_FORMULAS,
 }
 """Rule -> its formula in relevance space."""

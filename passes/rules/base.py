@@ -24,12 +24,14 @@ Sinks = dict[str, fx.Node]
 class Rule:
     """How an op turns the edge of its output into edges of the operands that relevance can flow to.
 
-    ``kind`` is the edge kind a rule takes and gives. Subclasses are frozen dataclasses, so that two rules with the
+    ``kind`` is the edge kind a rule takes and gives; a rule that ``folds_batch_norm`` takes a batch norm that follows
+    its op as part of it. Subclasses are frozen dataclasses, so that two rules with the
     same parameters are equal.
     """
 
     name: ClassVar[str] = "rule"
     kind: ClassVar[EdgeKind] = "coefficient"
+    folds_batch_norm: ClassVar[bool] = False
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         """The operands this rule hands relevance to, among those it can flow to."""
@@ -52,7 +54,8 @@ class Matcher:
     """Which ops a composite's line is for: every condition that is given has to hold.
 
     ``target`` is a table name such as ``aten::relu``; ``path`` a glob over module paths; ``module_type`` the class
-    name of an enclosing module; ``where`` any further test of the operation.
+    name of an enclosing module; ``where`` any further test of the operation; ``first`` takes only the first op, in
+    graph order, that meets the rest.
     """
 
     op_classes: frozenset[OpClass] | None = None
@@ -60,6 +63,7 @@ class Matcher:
     path: str | None = None
     module_type: str | None = None
     where: Callable[[Operation], bool] | None = None
+    first: bool = False
 
     def matches(self, op: Operation) -> bool:
         node = op.node
@@ -98,9 +102,13 @@ class Composite:
     patterns: bool = True
     reason: str = ""
 
-    def rule_for(self, op: Operation) -> Rule | None:
-        """The rule of the first line that matches, or None."""
-        return next((rule for matcher, rule in self.lines if matcher.matches(op)), None)
+    def rule_for(self, op: Operation, used: set[Matcher]) -> Rule | None:
+        """The rule of the first line that matches, or None; ``used`` remembers matchers that take one op only."""
+        for matcher, rule in self.lines:
+            if matcher.matches(op) and not (matcher.first and matcher in used):
+                used.add(matcher)
+                return rule
+        return None
 
     def override(self, *lines: tuple[Matcher, Rule], name: str | None = None) -> Composite:
         """This composite with lines that are tried before its own."""

@@ -43,6 +43,52 @@ class Identity(Rule):
         return {receiver: made}
 
 
+def deconv_filter(c: Tensor) -> Tensor:
+    """max(c, 0)."""
+    return c.clamp(min=0)
+
+
+def guided_filter(c: Tensor, x: Tensor) -> Tensor:
+    """c where both c and x are positive."""
+    return torch.where((c > 0) & (x > 0), c, 0)
+
+
+def smooth_gate(c: Tensor, x: Tensor, beta: float) -> Tensor:
+    """c sigmoid(beta x)."""
+    return c * torch.sigmoid(beta * x)
+
+
+@dataclass(frozen=True)
+class DeconvNet(Rule):
+    """c_x = max(c_y, 0), whatever x is (Zeiler and Fergus 2014); not linear in the seed."""
+
+    name: ClassVar[str] = "deconvnet"
+
+    def propagate(self, site: Site, edge: Any) -> Edges:
+        return {receiver: site.emit(deconv_filter, edge) for receiver in self.receivers(site.op)}
+
+
+@dataclass(frozen=True)
+class GuidedBackprop(Rule):
+    """c_x = c_y where x > 0 and c_y > 0 (Springenberg et al. 2015); not linear in the seed."""
+
+    name: ClassVar[str] = "guided_backprop"
+
+    def propagate(self, site: Site, edge: Any) -> Edges:
+        return {receiver: site.emit(guided_filter, edge, receiver.node) for receiver in self.receivers(site.op)}
+
+
+@dataclass(frozen=True)
+class BetaSmooth(Rule):
+    """c_x = c_y sigmoid(beta x): the derivative of softplus in place of ReLU's (Dombrowski et al. 2019)."""
+
+    beta: float = 10.0
+    name: ClassVar[str] = "beta_smooth"
+
+    def propagate(self, site: Site, edge: Any) -> Edges:
+        return {r: site.emit(smooth_gate, edge, r.node, self.beta) for r in self.receivers(site.op)}
+
+
 @dataclass(frozen=True)
 class IdentityRelevance(Rule):
     """R_x = R_y as relevance, for f(0) != 0, where no coefficient exists at x = 0."""

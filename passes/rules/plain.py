@@ -13,34 +13,14 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.kernels.linear import epsilon_ratio, masked_product, stabilise
 from lrp_compiler.kernels.norm import bias_share, channel_bias_share
 from lrp_compiler.passes.operation import Operand, Operation
-from lrp_compiler.passes.optable import OpClass, op_name
+from lrp_compiler.passes.optable import OpClass, aten_names, op_name
 from lrp_compiler.passes.program import value_of
 from lrp_compiler.passes.rules.base import Edges, Rule, Sinks
 from lrp_compiler.passes.site import Site
 
-WITH_CONSTANTS = frozenset(
-    f"aten::{name}"
-    for name in [
-        "cat",
-        "stack",
-        "concat",
-        "hstack",
-        "vstack",
-        "where",
-        "masked_fill",
-        "pad",
-        "constant_pad_nd",
-        "index_put",
-        "scatter",
-        "select_scatter",
-        "slice_scatter",
-        "diagonal_scatter",
-        "masked_scatter",
-        "index_copy",
-        "scatter_add",
-        "index_add",
-        "copy",
-    ]
+WITH_CONSTANTS = aten_names(
+    "cat stack concat hstack vstack where masked_fill pad constant_pad_nd index_put scatter "
+    "select_scatter slice_scatter diagonal_scatter masked_scatter index_copy scatter_add index_add copy"
 )
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import zoo
 from torch import Tensor, nn
 
 from lrp_compiler import Contrast, Tape, Token, compile_for_lrp, composites, errors, register_rule
 from lrp_compiler.registry import REGISTRY
 from lrp_compiler.rules import Epsilon, OpClass, Stop, on
+from lrp_compiler.seeds import LogProbability, MeanContrast, Span, TopK
 
 aten = torch.ops.aten
 
@@ -48,6 +50,43 @@ def test_every_kind_of_target_is_its_seed(kind: str) -> None:
     target, weights = TARGETS[kind]
     expected = torch.einsum("bk,kbcxy->bcxy", weights.double(), basis(tape))
     torch.testing.assert_close(tape.relevance(target), expected, rtol=1e-10, atol=1e-12)
+
+
+SEEDS: dict[str, tuple[Any, Any]] = {
+    "mean contrast": (MeanContrast(3), lambda out: torch.eye(5).double()[3] - 0.2 + 0 * out),
+    "log-probability": (LogProbability([3, 1]), lambda out: torch.eye(5).double()[[3, 1]] - out.softmax(-1)),
+    "top-k": (TopK(2), lambda out: (out >= out.topk(2).values[:, 1:]).double()),
+}
+
+
+@pytest.mark.parametrize("kind", SEEDS)
+def test_seeds_by_name(kind: str) -> None:
+    tape, out = classifier()
+    seed, expected = SEEDS[kind]
+    torch.testing.assert_close(tape.relevance(seed), tape.relevance(expected(out)))
+
+
+def test_a_span_explains_start_and_end() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    model = transformers.BertForQuestionAnswering(transformers.BertConfig(vocab_size=50, **sizes)).eval().double()
+    _, tape = compile_for_lrp(model).run(torch.randint(0, 50, (2, 6)))
+    start = tape.relevance([1, 2], output="start_logits")
+    end = tape.relevance(4, output="end_logits")
+    torch.testing.assert_close(tape.relevance(Span([1, 2], 4)), start + end)
+
+
+@pytest.mark.parametrize("options", [{}, {"verify": "ledger"}, {"reference": True}], ids=str)
+@pytest.mark.parametrize("name", ["resnet", "bert", "llama"])
+def test_several_targets_share_one_pass(name: str, options: dict[str, Any]) -> None:
+    case = zoo.build(name, double=True)
+    _, tape = compile_for_lrp(case.model, **options).run(*case.args, **case.kwargs)
+    targets = [(0, 3), (2, 5), (1, 1)] if name == "llama" else [0, 1, TopK(2)]
+    together = tape.relevance_of_each(targets)
+    for index, target in enumerate(targets):
+        one = tape.relevance(target)
+        pairs = [(together[key], one[key]) for key in one] if isinstance(one, dict) else [(together, one)]
+        for several, single in pairs:
+            torch.testing.assert_close(several[index], single, rtol=1e-9, atol=1e-12)
 
 
 def test_a_nonlinear_callable_is_seeded_with_its_derivative() -> None:

@@ -1,0 +1,118 @@
+"""Flat, w^2 and z-box: rules for first layers, in relevance space since they give relevance where x is zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lrp_compiler.kernels.linear import stabilise
+from lrp_compiler.passes.linear_map import LinearMap, linear_map
+from lrp_compiler.passes.operation import Operand, Operation
+from lrp_compiler.passes.rules.base import EdgeKind, Edges, Rule, Sinks
+from lrp_compiler.passes.site import Site
+
+Terms = tuple[tuple[Tensor, Tensor, float], ...]
+"""What a rule adds up: (input, weight, sign) of each product."""
+
+
+def flat_terms(x: Tensor, weight: Tensor, bounds: Any) -> Terms:
+    """1 * 1."""
+    return ((torch.ones_like(x), torch.ones_like(weight), 1.0),)
+
+
+def w_square_terms(x: Tensor, weight: Tensor, bounds: Any) -> Terms:
+    """1 * W^2."""
+    return ((torch.ones_like(x), weight.square(), 1.0),)
+
+
+def z_box_terms(x: Tensor, weight: Tensor, bounds: tuple[float, float]) -> Terms:
+    """x W - low W+ - high W-."""
+    low, high = (torch.full_like(x, bound) for bound in bounds)
+    return ((x, weight, 1.0), (low, weight.clamp(min=0), -1.0), (high, weight.clamp(max=0), -1.0))
+
+
+def offset_of(name: str, bias: Tensor) -> Tensor:
+    """The bias in a rule's denominator: b^2 for w^2, none for the others (z-box's cancels)."""
+    return bias.square() if name == "w_square" else torch.zeros_like(bias)
+
+
+def shares(
+    name: str, terms_of: Callable[..., Terms], bounds: Any, lin: LinearMap, operands: Any, fold: list[Any], r: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(R_x, what is left of R): R_x = sum of input * W^T (R / stab(z)) over the rule's terms, z their sum."""
+    x, weight, bias = lin.parts(operands, fold)
+    terms = terms_of(x, weight, bounds)
+    z = sum((sign * lin(operands, value, w) for value, w, sign in terms), torch.zeros((), dtype=x.dtype))
+    ratio = r / stabilise(z + offset_of(name, bias), TERMINAL_EPSILON)
+    given = sum((sign * value * lin.transpose(operands, value, w, ratio) for value, w, sign in terms), x.new_zeros(()))
+    return given, r - ratio * z
+
+
+TERMINAL_EPSILON = 1e-6
+"""zennit's default stabiliser."""
+
+
+@dataclass(frozen=True)
+class Terminal(Rule):
+    """A rule that ends the chain: takes and gives relevance."""
+
+    kind: ClassVar[EdgeKind] = "relevance"
+    folds_batch_norm: ClassVar[bool] = True
+    terms: ClassVar[Callable[..., Terms]]
+
+    @property
+    def bounds(self) -> Any:
+        """What ``terms`` needs beside input and weight."""
+        return None
+
+    def receivers(self, op: Operation) -> tuple[Operand, ...]:
+        return op.flowing_factors
+
+    def propagate(self, site: Site, edge: Any) -> Edges:
+        return {receiver: self._emit(site, edge)[0] for receiver in self.receivers(site.op)}
+
+    def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
+        return {"bias": self._emit(site, edge)[1]}
+
+    def _emit(self, site: Site, edge: Any) -> Any:
+        op = site.op
+        operands = [list(op.args), dict(op.kwargs)]
+        arguments = (linear_map(op), operands, op.fold(), edge)
+        return site.emit(shares, self.name, type(self).terms, self.bounds, *arguments, autograd=True)
+
+
+@dataclass(frozen=True)
+class Flat(Terminal):
+    """Every input of an output gets the same share."""
+
+    name: ClassVar[str] = "flat"
+    terms: ClassVar[Callable[..., Terms]] = staticmethod(flat_terms)
+
+
+@dataclass(frozen=True)
+class WSquare(Terminal):
+    """Shares by squared weight (Montavon et al. 2017)."""
+
+    name: ClassVar[str] = "w_square"
+    terms: ClassVar[Callable[..., Terms]] = staticmethod(w_square_terms)
+
+
+@dataclass(frozen=True)
+class ZBox(Terminal):
+    """For inputs bounded by ``low`` and ``high`` (Montavon et al. 2017)."""
+
+    low: float = 0.0
+    high: float = 1.0
+    name: ClassVar[str] = "z_box"
+    terms: ClassVar[Callable[..., Terms]] = staticmethod(z_box_terms)
+
+    @property
+    def bounds(self) -> Any:
+        return (self.low, self.high)
+
+    def __str__(self) -> str:
+        return f"z_box({self.low:g}, {self.high:g})"

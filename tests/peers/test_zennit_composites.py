@@ -1,0 +1,176 @@
+"""zennit's nine named composites against ours, in float64 (zennit 0.5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peers import (
+    relative_error,
+    zennit_attribution,
+    zennit_canonizers,
+    zennit_composites,
+    zennit_layer,
+    zennit_rules,
+    zennit_types,
+)
+from torch import Tensor, nn
+
+from lrp_compiler import compile_for_lrp, composites
+
+CLASSES = 4
+LOW, HIGH = -3.0, 3.0
+
+AGAINST_ZERO = 1e-30
+"""Zennit's stabiliser at sums and averages, where we divide by nothing."""
+
+FLOAT64 = 1e-9
+"""Same rules, same stabilisers: rounding only, amplified where positive and negative parts cancel."""
+
+NAMES = [
+    "epsilon_gamma_box",
+    "epsilon_plus",
+    "epsilon_plus_flat",
+    "epsilon_alpha2_beta1",
+    "epsilon_alpha2_beta1_flat",
+    "excitation_backprop",
+    "deconvnet",
+    "guided_backprop",
+    "beta_smooth",
+]
+
+
+def zennit_relevance(model: nn.Module, x: Tensor, name: str, target: int) -> Tensor:
+    """What zennit's composite of this name attributes to ``x``, batch norms folded."""
+    exact = zennit_rules.Norm(stabilizer=AGAINST_ZERO)
+    kwargs: dict[str, Any] = {
+        "layer_map": [(zennit_types.AvgPool, exact), (zennit_layer.Sum, exact)],
+        "canonizers": [zennit_canonizers.SequentialMergeBatchNorm()],
+    }
+    if name == "epsilon_gamma_box":
+        kwargs |= {"low": torch.full_like(x, LOW), "high": torch.full_like(x, HIGH)}
+    gradient_like = name in ("deconvnet", "guided_backprop", "beta_smooth")
+    if gradient_like:
+        del kwargs["layer_map"]
+    composite = zennit_composites.COMPOSITES[name](**kwargs)
+
+    def seed(output: Tensor) -> Tensor:
+        one_hot = torch.eye(CLASSES, dtype=output.dtype)[target]
+        return one_hot.expand_as(output) if gradient_like else output.detach() * one_hot
+
+    with zennit_attribution.Gradient(model, composite, attr_output=seed) as attributor:
+        _, relevance = attributor(x.clone().requires_grad_())
+    return relevance.detach()
+
+
+def ours(model: nn.Module, x: Tensor, name: str, target: int) -> Tensor:
+    composite = composites.epsilon_gamma_box(LOW, HIGH) if name == "epsilon_gamma_box" else name
+    return compile_for_lrp(model, composite).attribute(x, target)
+
+
+def cnn() -> nn.Module:
+    """Biases, strides, groups, dilation and both kinds of pooling."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4),
+        nn.ReLU(),
+        nn.MaxPool2d(3, stride=2, padding=1),
+        nn.Conv2d(8, 12, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(48, 16),
+        nn.ReLU(),
+        nn.Linear(16, CLASSES),
+    )
+
+
+class Block(nn.Module):
+    """conv-bn-relu-conv-bn beside a strided shortcut, summed by the module that zennit has a rule for."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.BatchNorm2d(out)
+        self.relu1 = nn.ReLU()
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride=2, bias=False), nn.BatchNorm2d(out))
+        self.sum, self.relu2 = zennit_layer.Sum(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        return self.relu2(self.sum(torch.stack([inner, self.shortcut(x)], -1)))
+
+
+def resnet() -> nn.Module:
+    """A stem, a residual block and a head; eps is zero since zennit's fold would apply it twice."""
+    stem = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    model = nn.Sequential(*stem, Block(4, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.0
+            nn.init.normal_(module.bias)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def sequence_net() -> nn.Module:
+    """One dimension, and a transposed convolution."""
+    return nn.Sequential(
+        nn.Conv1d(3, 6, 5, stride=2),
+        nn.ReLU(),
+        nn.ConvTranspose1d(6, 4, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool1d(3),
+        nn.Flatten(),
+        nn.Linear(12, CLASSES),
+    )
+
+
+def volume_net() -> nn.Module:
+    """Three dimensions, grouped."""
+    layers = [nn.Conv3d(2, 4, 3, padding=1, groups=2), nn.ReLU(), nn.MaxPool3d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(32, CLASSES))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "cnn": (cnn, (2, 3, 16, 16)),
+    "resnet": (resnet, (2, 3, 12, 12)),
+    "sequence_net": (sequence_net, (2, 3, 17)),
+    "volume_net": (volume_net, (2, 2, 4, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_named_composites_are_zennits(name: str, network: str) -> None:
+    make, shape = NETWORKS[network]
+    model, x = make().double(), torch.randn(shape, dtype=torch.float64).clamp(LOW, HIGH)
+    for target in (0, CLASSES - 1):
+        found = ours(model, x, name, target)
+        assert relative_error(found, zennit_relevance(model, x, name, target)) <= FLOAT64
+
+
+@pytest.mark.parametrize("name", NAMES[:6])
+def test_the_ledger_of_sign_split_composites_closes(name: str) -> None:
+    model, x = resnet().double(), torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    _, tape = compile_for_lrp(model, name).run(x)
+    ledger = tape.ledger(1)
+    assert max(row.relative_gap for row in ledger.rows) <= FLOAT64
+    ledger.check()
+
+
+def test_folded_parameters_are_live() -> None:
+    """An update of a batch norm or a convolution shows in the next relevance."""
+    model, x = resnet().double(), torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    explained = compile_for_lrp(model, "epsilon_plus")
+    explained.attribute(x, 1)
+    with torch.no_grad():
+        model.get_parameter("1.weight").mul_(-1.5)
+        model.get_parameter("3.conv1.weight").add_(0.1)
+        model.get_buffer("3.bn2.running_mean").add_(0.3)
+    assert relative_error(explained.attribute(x, 1), zennit_relevance(model, x, "epsilon_plus", 1)) <= FLOAT64

@@ -1,0 +1,163 @@
+"""Gamma, alpha-beta, z+, flat, w^2 and z-box against term-by-term restatements (RULES.md 1.1 and 3), in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peers import relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lrp_compiler import Composite, compile_for_lrp, composites
+from lrp_compiler.rules import AlphaBeta, Flat, Gamma, Rule, WSquare, ZBox, ZPlus, on
+
+EPSILON = 1e-6
+FLOAT64 = 1e-9
+"""u - |z0| cancels where an output has few terms of one sign; 1e-12 is what remains on these data."""
+
+RULES: list[Rule] = [ZPlus(), AlphaBeta(), AlphaBeta(alpha=1.5, beta=0.5), Gamma(), Gamma(gamma=3.0)]
+TERMINALS: list[Rule] = [Flat(), WSquare(), ZBox(low=-2.0, high=1.5)]
+
+
+def sign(z: Tensor) -> Tensor:
+    return torch.where(z >= 0, 1.0, -1.0).double()
+
+
+def shares(rule: Rule, terms: Tensor, bias: Tensor, z: Tensor) -> Tensor:
+    """The share of every term x_i w_ji (outputs, inputs) in output j's relevance, straight from the definitions."""
+    positive, negative = terms.clamp(min=0), terms.clamp(max=0)
+    if isinstance(rule, Gamma):
+        favoured = torch.where((z > 0)[:, None], positive, negative)
+        bias_favoured = torch.where(z > 0, bias.clamp(min=0), bias.clamp(max=0))
+        weighted = terms + rule.gamma * favoured
+        total = weighted.sum(1) + bias + rule.gamma * bias_favoured
+        return torch.where((z != 0)[:, None], weighted / (total + EPSILON * sign(total))[:, None], 0)
+    alpha, beta = (rule.alpha, rule.beta) if isinstance(rule, AlphaBeta) else (1.0, 0.0)
+    up, down = positive.sum(1) + bias.clamp(min=0), negative.sum(1) + bias.clamp(max=0)
+    raising = positive / (up + EPSILON * sign(up))[:, None]
+    return alpha * raising - beta * negative / (down + EPSILON * sign(down))[:, None]
+
+
+def terminal_shares(rule: Rule, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same for rules of a first layer."""
+    if isinstance(rule, ZBox):
+        terms = x * weight - rule.low * weight.clamp(min=0) - rule.high * weight.clamp(max=0)
+        offset = torch.zeros_like(bias)
+    elif isinstance(rule, Flat):
+        terms, offset = torch.ones_like(weight), torch.zeros_like(bias)
+    else:
+        terms, offset = weight.square(), bias.square()
+    total = terms.sum(1) + offset
+    return terms / (total + EPSILON * sign(total))[:, None]
+
+
+def everywhere(rule: Rule) -> Composite:
+    return composites.attnlrp().override((on(composites.OpClass.LINEAR), rule))
+
+
+def linear_case(positive: bool, batch: int, inputs: int, outputs: int) -> tuple[nn.Linear, Tensor, Tensor]:
+    layer = nn.Linear(inputs, outputs).double()
+    x = torch.randn(batch, inputs, dtype=torch.float64)
+    return layer, x.abs() if positive else x, torch.randn(batch, outputs, dtype=torch.float64)
+
+
+def restated(rule: Rule, layer: nn.Linear, x: Tensor, seed: Tensor) -> Tensor:
+    """R_x, sample by sample, for the seed at the layer's output."""
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    rows = []
+    for value, coefficient in zip(x, seed, strict=True):
+        z = weight @ value + bias
+        if isinstance(rule, (Flat, WSquare, ZBox)):
+            part = terminal_shares(rule, value, weight, bias)
+        else:
+            part = shares(rule, value * weight, bias, z)
+        rows.append((part * (z * coefficient)[:, None]).sum(0))
+    return torch.stack(rows) if rows else torch.zeros_like(x)
+
+
+class Rectified(nn.Module):
+    """A ReLU in front, so that the compiler knows the layer's input is not negative."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(F.relu(x))
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("positive", [False, True], ids=["signed", "rectified"])
+@pytest.mark.parametrize("rule", [*RULES, *TERMINALS], ids=str)
+def test_linear_layers(rule: Rule, positive: bool, reference: bool) -> None:
+    layer, x, seed = linear_case(positive, 3, 6, 5)
+    model = Rectified(layer) if positive else layer
+    explained = compile_for_lrp(model, everywhere(rule), reference=reference)
+    site = "relu" if positive else "input"
+    found = explained.run(x)[1].relevance(seed, at=site)
+    assert relative_error(found, restated(rule, layer, x, seed)) <= FLOAT64
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("rule", [*RULES, *TERMINALS], ids=str)
+def test_convolutions_are_their_matrices(rule: Rule, reference: bool) -> None:
+    """A strided, padded, dilated, grouped convolution with bias, its matrix taken from the jacobian."""
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2).double()
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    out = conv(x)
+    seed = torch.randn_like(out)
+    dense = nn.Linear(x[0].numel(), out[0].numel()).double()
+    with torch.no_grad():
+        jacobian = torch.autograd.functional.jacobian(lambda v: conv(v).flatten(), x[:1])
+        dense.weight.copy_(jacobian.reshape(dense.weight.shape))
+        dense.bias.copy_(conv(torch.zeros_like(x[:1])).flatten())
+    found = compile_for_lrp(conv, everywhere(rule), reference=reference).attribute(x, seed)
+    if isinstance(rule, Flat):
+        # Flat counts the kernel's entries, also where the dense matrix of a sliding window is zero.
+        ones = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2, bias=False).double()
+        nn.init.ones_(ones.weight)
+        probe = torch.ones_like(x).requires_grad_()
+        counts = ones(probe)
+        (expected,) = torch.autograd.grad(counts, probe, out * seed / (counts.detach() + EPSILON))
+    else:
+        expected = restated(rule, dense, x.flatten(1), seed.flatten(1)).view_as(x)
+    assert relative_error(found, expected) <= FLOAT64
+
+
+def test_outputs_without_terms_of_one_sign_are_no_blow_up() -> None:
+    """With all terms positive, alpha-beta has no lowering part: float32 must not divide rounding by the stabiliser."""
+    layer = nn.Linear(50, 4)
+    with torch.no_grad():
+        layer.weight.abs_()
+        layer.bias.zero_()
+    x, seed = torch.rand(2, 50), torch.rand(2, 4)
+    for rule in (ZPlus(), AlphaBeta()):
+        found = compile_for_lrp(layer, everywhere(rule)).attribute(x, seed)
+        double = nn.Linear(50, 4).double()
+        double.load_state_dict(layer.state_dict())
+        assert relative_error(found.double(), restated(rule, double, x.double(), seed.double())) <= 1e-5
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    inputs=st.integers(1, 9),
+    outputs=st.integers(1, 7),
+    rule=st.sampled_from([*RULES, *TERMINALS]),
+    positive=st.booleans(),
+)
+def test_linear_layers_of_any_size(batch: int, inputs: int, outputs: int, rule: Rule, positive: bool) -> None:
+    layer, x, seed = linear_case(positive, batch, inputs, outputs)
+    strided = x.repeat_interleave(2, 1)[:, ::2]
+    found = compile_for_lrp(layer, everywhere(rule)).attribute(strided, seed)
+    expected = restated(rule, layer, x, seed)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8 * (1 + expected.abs().sum().item()))
+
+
+def test_parameters_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="alpha - beta must be 1"):
+        AlphaBeta(alpha=2.0, beta=0.5)
+    with pytest.raises(ValueError, match="at least 0"):
+        Gamma(gamma=-1.0)
