@@ -22,6 +22,7 @@ from lrp_compiler.sites import SiteRef, is_glob, resolve_sites
 
 Names = str | list[str] | tuple[str, ...] | None
 Sinks = dict[str, dict[str, Tensor]]
+Masks = dict[str, Tensor]
 
 
 class Tape:
@@ -67,6 +68,7 @@ class Tape:
         *,
         output: str | None = None,
         per_dimension: bool = False,
+        through: Masks | None = None,
     ) -> Any:
         """Relevance at sites, for a target at an output.
 
@@ -75,11 +77,14 @@ class Tape:
         inputs give (batch, tokens), summed over the embedding dimension in float32 or wider, or with
         ``per_dimension`` (batch, tokens, dim). Composite ``gradient`` gives gradients instead.
 
+        ``through`` maps sites to masks that broadcast to their shape: only what passes the masked-in channels, heads,
+        tokens or neurons is handed on (Concept Relevance Propagation, Achtibat et al. 2023).
+
         Raises TargetError, UnknownSiteError, SiteWithoutRelevanceError, OutputError, StaleTapeError.
         """
         composite = self.program.composite
         readout: EdgeKind = composite.readout if composite is not None else "relevance"
-        return self._at_sites(target, at, output, readout, per_dimension)
+        return self._at_sites(target, at, output, readout, per_dimension, through)
 
     def relevance_of_each(
         self, targets: list[Target], at: Names = None, *, output: str | None = None, per_dimension: bool = False
@@ -135,15 +140,37 @@ class Tape:
         dtype = next(iter(seeds.values())).dtype
         return ledger_from_results(self.program, results, total, dtype)
 
-    def _at_sites(self, target: Target, at: Names, output: str | None, kind: Reading, per_dimension: bool) -> Any:
+    def _at_sites(
+        self,
+        target: Target,
+        at: Names,
+        output: str | None,
+        kind: Reading,
+        per_dimension: bool,
+        through: Masks | None = None,
+    ) -> Any:
         names = list(self.program.attributed) if at is None else [at] if isinstance(at, str) else list(at)
         refs = resolve_sites(self.program, names)
         nodes = tuple(dict.fromkeys((node, kind) for ref in refs for node in ref.nodes))
-        results, _ = self._ask(target, output, nodes)
+        results, _ = self._ask(target, output, nodes, masks=self._masks(through or {}))
         values = {result.site: value for result, value in results}
         found = {ref.label: _gather(ref, values, kind, per_dimension) for ref in refs}
         single = (at is None and len(found) == 1) or (isinstance(at, str) and not is_glob(at))
         return next(iter(found.values())) if single else found
+
+    def _masks(self, through: Masks) -> Masks:
+        """The masks by node name, in the shape and dtype of their sites; raises UnknownSiteError, OptionValueError."""
+        nodes = self.program.nodes_by_name()
+        found: Masks = {}
+        for name, mask in through.items():
+            for node in (node for ref in resolve_sites(self.program, [name]) for node in ref.nodes):
+                fake = nodes[node].meta["val"]
+                try:
+                    found[node] = mask.to(device=fake.device, dtype=fake.dtype).expand(fake.shape)
+                except RuntimeError:
+                    cause = f"a mask of shape {tuple(mask.shape)} does not broadcast to {tuple(fake.shape)}"
+                    raise OptionValueError(name="through", value=name, cause=cause) from None
+        return found
 
     def _outputs(self) -> dict[int, Tensor]:
         """The output leaves that are tensors, by leaf index."""
@@ -175,18 +202,23 @@ class Tape:
         *,
         sinks: bool = False,
         ledger: bool = False,
+        masks: Masks | None = None,
     ) -> tuple[list[tuple[Result, Tensor]], dict[int, Tensor]]:
         """Compile and run the relevance pass for one question."""
         self._check_fresh()
         seeds = self._seeds(target, output)
+        masks = masks or {}
+        if masks and (self._compiler.options.reference or self._compiler.options.verify != "off"):
+            raise OptionValueError(name="through", value=list(masks), cause="not with reference=True or verify")
         if self._compiler.options.reference:
             return self._ask_reference(seeds, sites, sinks or ledger), seeds
-        request = Request(tuple(seeds), sites, sinks, ledger)
+        request = Request(tuple(seeds), sites, sinks, ledger, tuple(masks))
         executable = self._compiler.emitted(self._call, request)[1]
         self._complete(executable)
         values = [self._inputs[name] for name in executable.free] + [self._saved[name] for name in executable.saved]
         with torch.no_grad():
-            results = _relevance(executable, values, list(seeds.values()), mapped=isinstance(target, _Several))
+            given = (values, list(seeds.values()), list(masks.values()))
+            results = _relevance(executable, *given, mapped=isinstance(target, _Several))
         if self._compiler.options.verify == "ledger" and not ledger:
             for one in target.targets if isinstance(target, _Several) else [target]:
                 self._ledger(one, output).check()
@@ -236,16 +268,18 @@ class _Several:
         }
 
 
-def _relevance(executable: Executable, values: list[Tensor], seeds: list[Tensor], *, mapped: bool) -> Any:
+def _relevance(
+    executable: Executable, values: list[Tensor], seeds: list[Tensor], masks: list[Tensor], *, mapped: bool
+) -> Any:
     """The results of a relevance graph; ``mapped`` seeds carry one more dimension in front, and so do results."""
     assert executable.relevance is not None
     if not mapped:
-        return executable.relevance(*values, *seeds)
-    in_dims = (*(None for _ in values), *(0 for _ in seeds))
+        return executable.relevance(*values, *seeds, *masks)
+    in_dims = (*(None for _ in values), *(0 for _ in seeds), *(None for _ in masks))
     with warnings.catch_warnings():
         # Ops without a batching rule (CPU flash attention) run once per target; the result is the same.
         warnings.filterwarnings("ignore", message=".*batching rule.*")
-        return torch.vmap(executable.relevance, in_dims=in_dims)(*values, *seeds)
+        return torch.vmap(executable.relevance, in_dims=in_dims)(*values, *seeds, *masks)
 
 
 class _ReplayedRNG:

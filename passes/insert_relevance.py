@@ -103,6 +103,7 @@ class _Inserter:
         self.tuples: dict[fx.Node, dict[int, list[tuple[fx.Node, EdgeKind]]]] = {}
         self.results: list[tuple[Result, fx.Node]] = []
         self.conversions: list[str] = []
+        self.masks: dict[str, fx.Node] = {}
         self.sources = {name for found in program.sources.values() for name in found}
         self.wanted: dict[str, list[Reading]] = {}
         for name, kind in request.sites:
@@ -115,6 +116,9 @@ class _Inserter:
         self.plant_seeds()
         for node in reversed(list(forward_nodes(self.program))):
             self.visit(node)
+        for name in self.masks:
+            if self.nodes[name] not in self.pending:
+                raise SiteWithoutRelevanceError(name=name, cause=self.why_unreached(self.nodes[name]))
         reached = {result.site for result, _ in self.results if result.kind != "activation"}
         for name in [name for name in self.wanted if name not in reached]:
             self.unreached(self.nodes[name])
@@ -138,6 +142,11 @@ class _Inserter:
             seed.meta = {"val": tensor_of(node), FACTS: Facts(part="seed", origin=leaf)}
             self.add_edge(node, seed, "coefficient")
             last = seed
+        for name in self.request.through:
+            with self.program.graph.inserting_after(last):
+                last = self.program.graph.placeholder(f"mask_{name}")
+            last.meta = {"val": tensor_of(self.nodes[name]), FACTS: Facts(part="seed", origin=name)}
+            self.masks[name] = last
 
     def add_edge(self, node: fx.Node, edge: fx.Node, kind: EdgeKind) -> None:
         self.pending.setdefault(node, []).append((edge, kind))
@@ -148,6 +157,10 @@ class _Inserter:
         self.emitter.provenance = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
         if node not in self.pending and node not in self.tuples:
             return
+        if node.name in self.masks:
+            mask = self.masks[node.name]
+            edges = self.pending[node]
+            self.pending[node] = [(self.emitter.call(aten.mul.Tensor, edge, mask), kind) for edge, kind in edges]
         if node.name in self.wanted:
             self.read_out(node)
         if node.name in self.sources:
@@ -161,14 +174,14 @@ class _Inserter:
             return
         site = Site(Operation(node, self.nodes), self.emitter)
         edge = self.incoming(node, rule.kind)
-        edges = rule.propagate(site, edge)
-        self.check(site, rule, edges)
+        made = rule.propagate(site, edge)
+        self.check(site, rule, made)
         if self.request.ledger:
-            self.enter_ledger(site, rule, edge, edges)
+            self.enter_ledger(site, rule, edge, made)
         if self.request.sinks or self.request.ledger:
-            self.enter_sinks(site, rule, edge, edges)
-        for operand, made in edges.items():
-            self.add_edge(operand.node, made, rule.kind)
+            self.enter_sinks(site, rule, edge, made)
+        for operand, part in made.items():
+            self.add_edge(operand.node, part, rule.kind)
 
     def incoming(self, node: fx.Node, kind: EdgeKind) -> Any:
         """The merged edge of a node; for a multi-output op a list with one per output."""

@@ -98,13 +98,15 @@ class Request:
     """What one relevance graph has to produce: for seeds at ``outputs``, results at ``sites``.
 
     ``outputs`` are indices of output leaves; ``sites`` are pairs (node name, result kind). With ``sinks`` every
-    sink becomes a result, with ``ledger`` also what each op is given and passes on.
+    sink becomes a result, with ``ledger`` also what each op is given and passes on. Edges at the nodes named in
+    ``through`` are multiplied by masks, which follow the seeds among the relevance graph's arguments.
     """
 
     outputs: tuple[int, ...]
     sites: tuple[tuple[str, Reading], ...]
     sinks: bool = False
     ledger: bool = False
+    through: tuple[str, ...] = ()
 
 
 BufferKind = Literal["free", "view", "saved"]

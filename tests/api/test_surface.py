@@ -143,6 +143,52 @@ def test_sites_by_path_op_name_glob_and_list() -> None:
     torch.testing.assert_close(activations[0] * coefficients, several["blocks.1.mlp"])
 
 
+def test_relevance_through_chosen_channels() -> None:
+    """Masks are linear: channels apart add up to the whole, and nothing else passes."""
+    case = zoo.build("vgg", double=True)
+    _, tape = compile_for_lrp(case.model).run(*case.args)
+    whole = tape.relevance(3)
+    apart = [tape.relevance(3, through={"3": torch.eye(8)[channel].view(8, 1, 1)}) for channel in range(8)]
+    torch.testing.assert_close(sum(apart), whole)
+    assert not torch.allclose(apart[0], apart[1])
+    masked = tape.relevance(3, at=["3", "input"], through={"3": torch.eye(8)[2].view(8, 1, 1)})
+    assert (masked["3"][:, [0, 1, *range(3, 8)]] == 0).all() and torch.equal(masked["input"], apart[2])
+
+
+def test_relevance_through_one_attention_head() -> None:
+    """Heads apart add up to all heads at the attention's output."""
+    case = zoo.build("vit", double=True)
+    _, tape = compile_for_lrp(case.model, "cp_lrp").run(*case.args)
+    attention = next(n for n in tape.program.graph.nodes if "flash_attention" in str(n.target))
+    site = next(reader.name for reader in attention.users if reader.args[1] == 0)
+    heads = [tape.relevance(4, through={site: torch.eye(2)[head].view(2, 1, 1)}) for head in range(2)]
+    nothing = tape.relevance(4, through={site: torch.zeros(1)})
+    torch.testing.assert_close(heads[0] + heads[1] - nothing, tape.relevance(4))
+
+
+def test_a_mask_where_no_relevance_passes_is_refused() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x), self.b(x)
+
+    _, tape = compile_for_lrp(TwoHeads()).run(torch.ones(1, 3))
+    with pytest.raises(errors.SiteWithoutRelevanceError):
+        tape.relevance(0, through={"b": torch.ones(2)})
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    case = zoo.build("vgg")
+    _, tape = compile_for_lrp(case.model).run(*case.args)
+    with pytest.raises(errors.OptionValueError, match=r"\(7,\) does not broadcast"):
+        tape.relevance(3, through={"3": torch.ones(7)})
+    with pytest.raises(errors.UnknownSiteError):
+        tape.relevance(3, through={"conv": torch.ones(1)})
+
+
 def test_a_second_call_of_a_module_is_a_site_of_its_own() -> None:
     class Reused(nn.Module):
         def __init__(self) -> None:
