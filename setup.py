@@ -6,7 +6,7 @@ from setuptools import find_namespace_packages, setup
 
 SUBPACKAGES = ("passes", "kernels")
 
-packages = ["lrp_compiler"]
+packages = ["lrp_compiler", "lrp_compiler.interop"]
 for folder in SUBPACKAGES:
     packages.append(f"lrp_compiler.{folder}")
     packages += [f"lrp_compiler.{folder}.{name}" for name in find_namespace_packages(where=folder)]

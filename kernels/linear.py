@@ -12,7 +12,8 @@ aten = torch.ops.aten
 
 def stabilise(z: Tensor, epsilon: float) -> Tensor:
     """z + epsilon * sign(z) with sign(0) = +1 (zennit's convention, RULES.md 0.1 ST-Z)."""
-    return z + torch.where(z < 0, -epsilon, epsilon)
+    # Adding within where keeps z's dtype; where of two numbers would round epsilon to float32.
+    return torch.where(z < 0, z - epsilon, z + epsilon)
 
 
 def epsilon_ratio(c: Tensor, z: Tensor, epsilon: float) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lrp_compiler.interop.zennit import is_zennit_composite, translate
 from lrp_compiler.module import LRPModule
 from lrp_compiler.options import Options, parse_options
 from lrp_compiler.passes.errors import OptionValueError
@@ -13,12 +14,13 @@ from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.registry import REGISTRY
 
 
-def compile_for_lrp(model: nn.Module, composite: str | Composite = "auto", **options: Any) -> LRPModule:
+def compile_for_lrp(model: nn.Module, composite: str | Composite | Any = "auto", **options: Any) -> LRPModule:
     """Wrap ``model`` in a drop-in module that explains its outputs by Layer-wise Relevance Propagation.
 
-    ``composite`` is a name ("attnlrp", "cp_lrp", "epsilon", "input_x_gradient", "gradient"), a Composite, or "auto",
-    which picks by what the graph contains. Options: ``output`` (name of the output to explain), ``rules`` ({op: rule
-    function}), ``verify`` ("off" or "ledger"), ``reference`` (run the slow relevance-space interpreter).
+    ``composite`` is a name of ``composites.COMPOSITES``, a Composite, or "auto", which picks by what the graph
+    contains; a zennit Composite is translated for this model. Options: ``output`` (name of the output to explain),
+    ``rules`` ({op: rule function or Rule}), ``verify`` ("off" or "ledger"), ``reference`` (run the slow relevance-space
+    interpreter).
 
     Nothing is traced before the first call. Raises UnknownCompositeError, UnknownOptionError, OptionValueError.
     """
@@ -26,6 +28,9 @@ def compile_for_lrp(model: nn.Module, composite: str | Composite = "auto", **opt
         raise OptionValueError(name="model", value=model, cause="it is not a torch.nn.Module")
     if isinstance(model, LRPModule):
         model = model.original
+    chosen = translate(composite, model) if is_zennit_composite(composite) else composite
+    if not isinstance(chosen, (str, Composite)):
+        raise OptionValueError(name="composite", value=composite, cause="not a name, a Composite or a zennit Composite")
     parsed = parse_options(options)
     rules = {**REGISTRY.snapshot(), **parsed.rules}
-    return LRPModule(model, composite, Options(parsed.output, rules, parsed.verify, parsed.reference))
+    return LRPModule(model, chosen, Options(parsed.output, rules, parsed.verify, parsed.reference))

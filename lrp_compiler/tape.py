@@ -123,7 +123,11 @@ class Tape:
 
     def ledger(self, target: Target = None, *, output: str | None = None) -> Ledger:
         """Relevance in, out and sunk, op by op, in float64 sums."""
-        return self._ledger(target, output)
+        results, seeds = self._ask(target, output, (), sinks=True, ledger=True)
+        leaves = self._outputs()
+        total = sum(float((seed.double() * leaves[index].detach().double()).sum()) for index, seed in seeds.items())
+        dtype = next(iter(seeds.values())).dtype
+        return ledger_from_results(self.program, results, total, dtype)
 
     def seeded_output(self, target: Target = None, output: str | None = None) -> Tensor:
         """Per sample, the sum of seed times output: what relevance at inputs and sinks adds up to."""
@@ -132,13 +136,6 @@ class Tape:
             (seed * leaves[index]).reshape(seed.shape[0] if seed.dim() else 1, -1).sum(1)
             for index, seed in self._seeds(target, output).items()
         )
-
-    def _ledger(self, target: Target, output: str | None) -> Ledger:
-        results, seeds = self._ask(target, output, (), sinks=True, ledger=True)
-        leaves = self._outputs()
-        total = sum(float((seed.double() * leaves[index].detach().double()).sum()) for index, seed in seeds.items())
-        dtype = next(iter(seeds.values())).dtype
-        return ledger_from_results(self.program, results, total, dtype)
 
     def _at_sites(
         self,
@@ -221,7 +218,7 @@ class Tape:
             results = _relevance(executable, *given, mapped=isinstance(target, _Several))
         if self._compiler.options.verify == "ledger" and not ledger:
             for one in target.targets if isinstance(target, _Several) else [target]:
-                self._ledger(one, output).check()
+                self.ledger(one, output=output).check()
         return list(zip(executable.program.results, results, strict=True)), seeds
 
     def _ask_reference(

@@ -62,6 +62,7 @@ with _stand_ins(_empty_torchvision()):
     zennit_attribution: Any = importlib.import_module("zennit.attribution")
     zennit_canonizers: Any = importlib.import_module("zennit.canonizers")
     zennit_composites: Any = importlib.import_module("zennit.composites")
+    zennit_core: Any = importlib.import_module("zennit.core")
     zennit_layer: Any = importlib.import_module("zennit.layer")
     zennit_rules: Any = importlib.import_module("zennit.rules")
     zennit_types: Any = importlib.import_module("zennit.types")

@@ -12,13 +12,14 @@ from peers import (
     zennit_attribution,
     zennit_canonizers,
     zennit_composites,
+    zennit_core,
     zennit_layer,
     zennit_rules,
     zennit_types,
 )
 from torch import Tensor, nn
 
-from lrp_compiler import compile_for_lrp, composites
+from lrp_compiler import compile_for_lrp, composites, errors
 
 CLASSES = 4
 LOW, HIGH = -3.0, 3.0
@@ -42,8 +43,11 @@ NAMES = [
 ]
 
 
-def zennit_relevance(model: nn.Module, x: Tensor, name: str, target: int) -> Tensor:
-    """What zennit's composite of this name attributes to ``x``, batch norms folded."""
+GRADIENT_LIKE = ("deconvnet", "guided_backprop", "beta_smooth")
+
+
+def zennit_composite(x: Tensor, name: str) -> Any:
+    """zennit's composite of this name, exact at sums and averages, batch norms folded."""
     exact = zennit_rules.Norm(stabilizer=AGAINST_ZERO)
     kwargs: dict[str, Any] = {
         "layer_map": [(zennit_types.AvgPool, exact), (zennit_layer.Sum, exact)],
@@ -51,16 +55,19 @@ def zennit_relevance(model: nn.Module, x: Tensor, name: str, target: int) -> Ten
     }
     if name == "epsilon_gamma_box":
         kwargs |= {"low": torch.full_like(x, LOW), "high": torch.full_like(x, HIGH)}
-    gradient_like = name in ("deconvnet", "guided_backprop", "beta_smooth")
-    if gradient_like:
+    if name in GRADIENT_LIKE:
         del kwargs["layer_map"]
-    composite = zennit_composites.COMPOSITES[name](**kwargs)
+    return zennit_composites.COMPOSITES[name](**kwargs)
+
+
+def zennit_relevance(model: nn.Module, x: Tensor, name: str, target: int) -> Tensor:
+    """What zennit's composite of this name attributes to ``x``."""
 
     def seed(output: Tensor) -> Tensor:
         one_hot = torch.eye(CLASSES, dtype=output.dtype)[target]
-        return one_hot.expand_as(output) if gradient_like else output.detach() * one_hot
+        return one_hot.expand_as(output) if name in GRADIENT_LIKE else output.detach() * one_hot
 
-    with zennit_attribution.Gradient(model, composite, attr_output=seed) as attributor:
+    with zennit_attribution.Gradient(model, zennit_composite(x, name), attr_output=seed) as attributor:
         _, relevance = attributor(x.clone().requires_grad_())
     return relevance.detach()
 
@@ -153,6 +160,54 @@ def test_named_composites_are_zennits(name: str, network: str) -> None:
     for target in (0, CLASSES - 1):
         found = ours(model, x, name, target)
         assert relative_error(found, zennit_relevance(model, x, name, target)) <= FLOAT64
+
+
+@pytest.mark.parametrize("network", ["cnn", "resnet"])
+@pytest.mark.parametrize("name", NAMES)
+def test_zennit_composites_are_accepted_as_they_are(name: str, network: str) -> None:
+    """The object itself, translated module by module, its parameters read from its hooks."""
+    make, shape = NETWORKS[network]
+    model, x = make().double(), torch.randn(shape, dtype=torch.float64).clamp(LOW, HIGH)
+    found = compile_for_lrp(model, zennit_composite(x, name)).attribute(x, 1)
+    assert relative_error(found, zennit_relevance(model, x, name, 1)) <= FLOAT64
+
+
+def test_parameters_of_zennit_hooks_are_taken_over() -> None:
+    """Names, types and single modules mixed, with parameters that are nobody's defaults."""
+    layer_map = [
+        (zennit_types.Activation, zennit_rules.Pass()),
+        (zennit_types.AvgPool, zennit_rules.Norm(stabilizer=AGAINST_ZERO)),
+        (nn.Conv2d, zennit_rules.Gamma(gamma=0.7, stabilizer=1e-5)),
+        (nn.Linear, zennit_rules.AlphaBeta(alpha=1.5, beta=0.5, stabilizer=1e-4)),
+    ]
+    names = [(["0"], zennit_rules.WSquare()), (["9"], zennit_rules.Epsilon(epsilon=0.3))]
+    composite = zennit_composites.MixedComposite(
+        [zennit_composites.NameMapComposite(names), zennit_composites.LayerMapComposite(layer_map)]
+    )
+    model, x = cnn().double(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+
+    def seed(output: Tensor) -> Tensor:
+        return output.detach() * torch.eye(CLASSES, dtype=output.dtype)[2]
+
+    with zennit_attribution.Gradient(model, composite, attr_output=seed) as attributor:
+        _, expected = attributor(x.clone().requires_grad_())
+    explained = compile_for_lrp(model, composite)
+    assert relative_error(explained.attribute(x, 2), expected.detach()) <= FLOAT64
+    assert {"gamma(0.7)", "alpha_beta(1.5, 0.5)", "w_square", "epsilon(0.3)"} <= {
+        rule for _, rule in explained.report(x).rules
+    }
+
+
+def test_hooks_without_a_rule_are_refused() -> None:
+    class Own(zennit_core.Hook):
+        """A hook of a user's."""
+
+    composite = zennit_composites.LayerMapComposite([(nn.Linear, Own())])
+    with pytest.raises(errors.OptionValueError, match="the zennit hook of '9' has no rule of ours"):
+        compile_for_lrp(cnn(), composite)
+    clips = zennit_rules.Epsilon(epsilon=zennit_core.Stabilizer(epsilon=0.1, clip=True))
+    with pytest.raises(errors.OptionValueError, match="clips or scales"):
+        compile_for_lrp(cnn(), zennit_composites.LayerMapComposite([(nn.Linear, clips)]))
 
 
 @pytest.mark.parametrize("name", NAMES[:6])

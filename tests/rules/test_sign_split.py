@@ -161,3 +161,18 @@ def test_parameters_out_of_range_are_refused() -> None:
         AlphaBeta(alpha=2.0, beta=0.5)
     with pytest.raises(ValueError, match="at least 0"):
         Gamma(gamma=-1.0)
+
+
+@pytest.mark.parametrize("epsilon", [0.3, 1e-6])
+def test_epsilon_is_not_rounded_to_the_default_dtype(epsilon: float) -> None:
+    """0.3 has another value in float32; a float64 model must not see it."""
+    layer, x, seed = linear_case(False, 4, 6, 5)
+    z = layer(x).detach()
+    expected = x * ((z * seed / (z + epsilon * sign(z))) @ layer.weight.detach())
+    assert relative_error(compile_for_lrp(layer, composites.epsilon(epsilon)).attribute(x, seed), expected) <= 1e-14
+
+
+def test_leaky_slopes_are_not_rounded_to_the_default_dtype() -> None:
+    x = torch.randn(20, dtype=torch.float64)
+    found = compile_for_lrp(nn.LeakyReLU(0.3), "attnlrp").attribute(x, torch.ones_like(x))
+    assert relative_error(found, F.leaky_relu(x, 0.3)) <= 1e-15

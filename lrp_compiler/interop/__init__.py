@@ -1,0 +1,1 @@
+"""Bridges to other explanation libraries; none of them is imported."""
