@@ -25,7 +25,7 @@ from lrp_compiler.passes.rules.plain import Epsilon, Plain, Stop
 from lrp_compiler.passes.rules.product import Numerator, Uniform
 from lrp_compiler.passes.rules.pullback import SoftMaxPool
 from lrp_compiler.passes.rules.signsplit import AlphaBeta, Gamma, ZPlus
-from lrp_compiler.passes.rules.terminal import Flat, ZBox
+from lrp_compiler.passes.rules.terminal import Bound, Flat, ZBox
 
 Lines = tuple[tuple[Matcher, Rule], ...]
 
@@ -127,10 +127,11 @@ def excitation_pullback(temperature: float = 0.3) -> Composite:
     return gradient().override(*lines, name="excitation_pullback")
 
 
-def epsilon_gamma_box(low: float = -3.0, high: float = 3.0, epsilon: float = 1e-6, gamma: float = 0.25) -> Composite:
+def epsilon_gamma_box(low: Bound = -3.0, high: Bound = 3.0, epsilon: float = 1e-6, gamma: float = 0.25) -> Composite:
     """zennit's EpsilonGammaBox: z-box on the first convolution, gamma on the others, epsilon on dense layers.
 
-    ``low`` and ``high`` bound the input; -3 and 3 suit images normalised by mean and deviation.
+    ``low`` and ``high`` bound the input, in all or per channel (a tuple); -3 and 3 suit images normalised by mean and
+    deviation.
     """
     lines: Lines = (
         (FIRST_CONVOLUTION, ZBox(low=low, high=high)),

@@ -78,7 +78,11 @@ def terminal(rule: Rule, op: Operation, outputs: list[Tensor], values: Values) -
     lin = _Linear(op, values)
     ones = torch.ones_like(lin.x)
     if isinstance(rule, ZBox):
-        low, high = rule.low * ones, rule.high * ones
+        low, high = (
+            ones
+            * (torch.tensor(b, dtype=ones.dtype).view([-1] + [1] * (ones.dim() - 2)) if isinstance(b, tuple) else b)
+            for b in (rule.low, rule.high)
+        )
         raising, lowering = lin.weight.clamp(min=0), lin.weight.clamp(max=0)
         z = lin.forward(lin.x, lin.weight) - lin.forward(low, raising) - lin.forward(high, lowering)
         ratio = outputs[0] / _stabilised(z, TERMINAL_EPSILON)

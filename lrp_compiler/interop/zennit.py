@@ -22,7 +22,7 @@ from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.rules.norm import BatchNorm
 from lrp_compiler.passes.rules.plain import Epsilon, Plain
 from lrp_compiler.passes.rules.signsplit import AlphaBeta, Gamma, ZPlus
-from lrp_compiler.passes.rules.terminal import Flat, WSquare, ZBox
+from lrp_compiler.passes.rules.terminal import Bound, Flat, WSquare, ZBox
 
 Line = tuple[Matcher, Rule]
 GRADIENT_HOOKS = frozenset({"ReLUDeconvNet", "ReLUGuidedBackprop", "ReLUBetaSmooth"})
@@ -81,14 +81,17 @@ def _epsilon(hook: Any) -> float:
     return float(stabiliser.epsilon)
 
 
-def _bound(hook: Any, name: str) -> float:
-    """A z-box bound, which has to be one number."""
+def _bound(hook: Any, name: str) -> Bound:
+    """A z-box bound: one number, or one per channel of an (N, C, ...) tensor."""
     bound = _held(hook, name)
-    if isinstance(bound, Tensor):
-        if bound.min() != bound.max():
-            raise OptionValueError(name="composite", value="ZBox", cause=f"'{name}' differs from pixel to pixel")
+    if not isinstance(bound, Tensor):
+        return float(bound)
+    if bound.min() == bound.max():
         return bound.flatten()[0].item()
-    return float(bound)
+    channels = bound.transpose(0, 1).flatten(1) if bound.dim() > 2 else bound.reshape(-1, 1)
+    if (channels != channels[:, :1]).any():
+        raise OptionValueError(name="composite", value="ZBox", cause=f"'{name}' differs from pixel to pixel")
+    return tuple(channels[:, 0].tolist())
 
 
 RULES: dict[str, Callable[[Any], Rule]] = {

@@ -29,9 +29,21 @@ def w_square_terms(x: Tensor, weight: Tensor, bounds: Any) -> Terms:
     return ((torch.ones_like(x), weight.square(), 1.0),)
 
 
-def z_box_terms(x: Tensor, weight: Tensor, bounds: tuple[float, float]) -> Terms:
+Bound = float | tuple[float, ...]
+"""One bound for every input, or one per channel."""
+
+
+def spread(bound: Bound, x: Tensor) -> Tensor:
+    """``bound`` in the shape of ``x`` (N, C, ...)."""
+    if isinstance(bound, tuple):
+        channels = torch.stack([x.new_full((), value) for value in bound])
+        return channels.view([-1] + [1] * (x.dim() - 2)).expand_as(x)
+    return torch.full_like(x, bound)
+
+
+def z_box_terms(x: Tensor, weight: Tensor, bounds: tuple[Bound, Bound]) -> Terms:
     """x W - low W+ - high W-."""
-    low, high = (torch.full_like(x, bound) for bound in bounds)
+    low, high = (spread(bound, x) for bound in bounds)
     return ((x, weight, 1.0), (low, weight.clamp(min=0), -1.0), (high, weight.clamp(max=0), -1.0))
 
 
@@ -103,10 +115,10 @@ class WSquare(Terminal):
 
 @dataclass(frozen=True)
 class ZBox(Terminal):
-    """For inputs bounded by ``low`` and ``high`` (Montavon et al. 2017)."""
+    """For inputs bounded by ``low`` and ``high``, numbers or one number per channel (Montavon et al. 2017)."""
 
-    low: float = 0.0
-    high: float = 1.0
+    low: Bound = 0.0
+    high: Bound = 1.0
     name: ClassVar[str] = "z_box"
     terms: ClassVar[Callable[..., Terms]] = staticmethod(z_box_terms)
 
@@ -115,4 +127,4 @@ class ZBox(Terminal):
         return (self.low, self.high)
 
     def __str__(self) -> str:
-        return f"z_box({self.low:g}, {self.high:g})"
+        return f"z_box({self.low}, {self.high})"

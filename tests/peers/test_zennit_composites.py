@@ -198,6 +198,23 @@ def test_parameters_of_zennit_hooks_are_taken_over() -> None:
     }
 
 
+def test_bounds_per_channel_are_zennits() -> None:
+    """As for images normalised channel by channel; given to us as numbers and inside zennit's composite."""
+    low, high = (-2.1, -2.0, -1.8), (2.2, 2.4, 2.6)
+    model, x = cnn().double(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    pixels = [torch.tensor(b, dtype=x.dtype).view(1, 3, 1, 1).expand_as(x) for b in (low, high)]
+    exact = [(zennit_types.AvgPool, zennit_rules.Norm(stabilizer=AGAINST_ZERO))]
+    composite = zennit_composites.EpsilonGammaBox(*pixels, layer_map=exact)
+
+    def seed(output: Tensor) -> Tensor:
+        return output.detach() * torch.eye(CLASSES, dtype=output.dtype)[0]
+
+    with zennit_attribution.Gradient(model, composite, attr_output=seed) as attributor:
+        _, expected = attributor(x.clone().requires_grad_())
+    for ours_too in (composites.epsilon_gamma_box(low, high), composite):
+        assert relative_error(compile_for_lrp(model, ours_too).attribute(x, 0), expected.detach()) <= FLOAT64
+
+
 def test_hooks_without_a_rule_are_refused() -> None:
     class Own(zennit_core.Hook):
         """A hook of a user's."""
