@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LinearMap:
-    """Where input, weight and bias stand among the leaves of a call of ``target``; ``bias_shape`` broadcasts the bias.
+    """Where input, weight and bias stand among the leaves of a call of ``target``; ``bias_shape`` broadcasts the bias,
+    which counts ``bias_factor`` times (addmm's beta).
 
     A dataclass of plain values, so that it is part of the signature under which traced functions are cached.
     """
@@ -31,6 +32,7 @@ class LinearMap:
     weight: int
     bias: int | None
     bias_shape: tuple[int, ...]
+    bias_factor: float = 1.0
 
     def __call__(self, operands: Any, x: Tensor, weight: Tensor) -> Tensor:
         """y(x; weight) without bias; ``operands`` is the call's (args, kwargs)."""
@@ -57,6 +59,7 @@ class LinearMap:
         flat = pytree.tree_leaves(operands)
         x, weight = flat[self.x], flat[self.weight]
         bias = torch.zeros((), dtype=x.dtype, device=x.device) if self.bias is None else flat[self.bias]
+        bias = bias if self.bias_factor == 1 else bias * self.bias_factor
         if fold:
             gain, shift, mean, variance, eps = fold
             scale = torch.rsqrt(variance + eps)
@@ -76,4 +79,5 @@ def linear_map(op: Operation) -> LinearMap:
     bias = next((operand for operand in op.operands if operand.argument in op.entry.terms), None)
     spatial = tensor_of(weight.node).dim() - 2 if "conv" in op.linear_name else 0
     bias_leaf = None if bias is None else bias.leaf
-    return LinearMap(op.call.target, x.leaf, weight.leaf, bias_leaf, (-1, *([1] * spatial)))
+    factor = float(op.kwargs.get("beta", 1))
+    return LinearMap(op.call.target, x.leaf, weight.leaf, bias_leaf, (-1, *([1] * spatial)), factor)

@@ -111,9 +111,10 @@ def credited_linear(lin: LinearMap, operands: Any, c: Tensor, z: Tensor) -> Tens
 
 
 def credited_bias(lin: LinearMap, operands: Any, c: Tensor, z: Tensor) -> Tensor:
-    """R |b| / (|z0| + |b|)."""
+    """R (1 - |z0| / (|z0| + |b|)): the bias's share, with what the stabiliser takes."""
     _, _, bias = lin.parts(operands, [])
-    return c * z * bias.abs() / ((z - bias).abs() + bias.abs() + EPSILON)
+    size = (z - bias).abs()
+    return c * z * (1 - size / (size + bias.abs() + EPSILON))
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,13 @@ def _addends(op: Operation) -> int:
 
 
 def bias_sink(site: Site, edge: fx.Node) -> Sinks:
-    """b * c for the bias of a linear map, in the shape of its output."""
+    """b * c for the bias of a linear map (beta b c for addmm's beta), in the shape of its output."""
     op = site.op
     terms = op.entry.terms if op.entry is not None else ()
     for position in terms:
         bias = op.argument(position, "bias")
         if isinstance(bias, fx.Node) and not any(operand.node is bias for operand in op.flowing):
-            return {"bias": _bias_share(site, edge, bias)}
+            return {"bias": site.scale(_bias_share(site, edge, bias), float(op.kwargs.get("beta", 1)))}
     return {}
 
 

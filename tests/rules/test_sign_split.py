@@ -176,3 +176,32 @@ def test_leaky_slopes_are_not_rounded_to_the_default_dtype() -> None:
     x = torch.randn(20, dtype=torch.float64)
     found = compile_for_lrp(nn.LeakyReLU(0.3), "attnlrp").attribute(x, torch.ones_like(x))
     assert relative_error(found, F.leaky_relu(x, 0.3)) <= 1e-15
+
+
+class ScaledAddmm(nn.Module):
+    """beta b + alpha x W: the factors of addmm belong to the bias and to the product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight, beta=2.0, alpha=0.5)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_factors_of_addmm_count(rule: Rule) -> None:
+    model, x, seed = ScaledAddmm().double(), torch.randn(3, 4).double(), torch.randn(3, 3).double()
+    layer = nn.Linear(4, 3).double()
+    with torch.no_grad():
+        layer.weight.copy_(0.5 * model.weight.T)
+        layer.bias.copy_(2.0 * model.bias)
+    for reference in (False, True):
+        explained = compile_for_lrp(model, everywhere(rule), reference=reference)
+        assert relative_error(explained.attribute(x, seed), restated(rule, layer, x, seed)) <= FLOAT64
+
+
+@pytest.mark.parametrize("name", ["attnlrp", "excitation_backprop", "dynamiclrp", "input_x_gradient"])
+def test_the_ledger_of_a_scaled_addmm_closes(name: str) -> None:
+    _, tape = compile_for_lrp(ScaledAddmm().double(), name).run(torch.randn(3, 4).double())
+    tape.ledger(1).check()
