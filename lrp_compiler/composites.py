@@ -130,8 +130,8 @@ def excitation_pullback(temperature: float = 0.3) -> Composite:
 def epsilon_gamma_box(low: Bound = -3.0, high: Bound = 3.0, epsilon: float = 1e-6, gamma: float = 0.25) -> Composite:
     """zennit's EpsilonGammaBox: z-box on the first convolution, gamma on the others, epsilon on dense layers.
 
-    ``low`` and ``high`` bound the input, in all or per channel (a tuple); -3 and 3 suit images normalised by mean and
-    deviation.
+    ``low`` and ``high`` bound the input: numbers, tuples of one number per channel, or tensors that broadcast to it;
+    -3 and 3 suit images normalised by mean and deviation.
     """
     lines: Lines = (
         (FIRST_CONVOLUTION, ZBox(low=low, high=high)),

@@ -9,6 +9,7 @@ from lrp_compiler.passes.errors import UncoveredOpsError, user_source
 from lrp_compiler.passes.operation import FOLDED, Operation
 from lrp_compiler.passes.optable import classify, op_name
 from lrp_compiler.passes.program import Pattern, Program, facts, first_argument, forward_nodes, learn, module_path
+from lrp_compiler.passes.rule_tensors import supply_rule_tensors
 from lrp_compiler.passes.rules.base import Composite, Matcher, Rule
 
 
@@ -43,7 +44,7 @@ def assign_rules(program: Program, composite: Composite) -> Program:
         learn(node, rule=rule, flows=bool(rule.receivers(op)))
     if uncovered:
         _refuse(uncovered, composite)
-    return program
+    return supply_rule_tensors(program)
 
 
 def _inside_patterns(program: Program, composite: Composite) -> set[str]:

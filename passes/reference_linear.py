@@ -79,8 +79,7 @@ def terminal(rule: Rule, op: Operation, outputs: list[Tensor], values: Values) -
     ones = torch.ones_like(lin.x)
     if isinstance(rule, ZBox):
         low, high = (
-            ones
-            * (torch.tensor(b, dtype=ones.dtype).view([-1] + [1] * (ones.dim() - 2)) if isinstance(b, tuple) else b)
+            ones * (ones.new_tensor(b).view([-1] + [1] * (ones.dim() - 2)) if isinstance(b, tuple) else b)
             for b in (rule.low, rule.high)
         )
         raising, lowering = lin.weight.clamp(min=0), lin.weight.clamp(max=0)

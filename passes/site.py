@@ -13,6 +13,7 @@ from lrp_compiler.passes.errors import DerivativeError, user_source
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import RECURRENT, op_name
 from lrp_compiler.passes.program import FACTS, Facts, facts, is_float, value_of
+from lrp_compiler.passes.rule_tensors import tensor_name
 from lrp_compiler.passes.rules.base import Edges
 from lrp_compiler.passes.trace import Emitter
 from lrp_compiler.passes.transposes import TRANSPOSES
@@ -31,6 +32,10 @@ class Site:
     @property
     def node(self) -> fx.Node:
         return self.op.node
+
+    def tensor(self, key: str) -> fx.Node:
+        """The graph input that holds a tensor of the rule (``Rule.tensors``)."""
+        return self.op.nodes[tensor_name(self.node.name, key)]
 
     def emit(self, fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Append the ops of a plain torch function of nodes and constants."""

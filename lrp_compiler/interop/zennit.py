@@ -82,16 +82,9 @@ def _epsilon(hook: Any) -> float:
 
 
 def _bound(hook: Any, name: str) -> Bound:
-    """A z-box bound: one number, or one per channel of an (N, C, ...) tensor."""
+    """A z-box bound: a number, or a tensor that broadcasts to the input."""
     bound = _held(hook, name)
-    if not isinstance(bound, Tensor):
-        return float(bound)
-    if bound.min() == bound.max():
-        return bound.flatten()[0].item()
-    channels = bound.transpose(0, 1).flatten(1) if bound.dim() > 2 else bound.reshape(-1, 1)
-    if (channels != channels[:, :1]).any():
-        raise OptionValueError(name="composite", value="ZBox", cause=f"'{name}' differs from pixel to pixel")
-    return tuple(channels[:, 0].tolist())
+    return bound if isinstance(bound, Tensor) else float(bound)
 
 
 RULES: dict[str, Callable[[Any], Rule]] = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import fx
+from torch import Tensor, fx
 
 from lrp_compiler.passes.optable import OpClass, op_name
 from lrp_compiler.passes.program import module_path
@@ -25,8 +25,8 @@ class Rule:
     """How an op turns the edge of its output into edges of the operands that relevance can flow to.
 
     ``kind`` is the edge kind a rule takes and gives; a rule that ``folds_batch_norm`` takes a batch norm that follows
-    its op as part of it. Subclasses are frozen dataclasses, so that two rules with the
-    same parameters are equal.
+    its op as part of it. Subclasses are frozen dataclasses, so that two rules with the same parameters are equal;
+    those that hold tensors equal themselves alone.
     """
 
     name: ClassVar[str] = "rule"
@@ -36,6 +36,13 @@ class Rule:
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         """The operands this rule hands relevance to, among those it can flow to."""
         return op.flowing
+
+    def tensors(self, op: Operation) -> dict[str, Tensor]:
+        """The tensors this rule brings along for ``op``, by name; ``site.tensor`` reads them where relevance runs.
+
+        Raises OptionValueError when one does not fit the op.
+        """
+        return {}
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         """Emit the edges of the receivers; ``edge`` is a node, or one per output for multi-output ops."""

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.kernels.linear import stabilise
+from lrp_compiler.passes.errors import OptionValueError
 from lrp_compiler.passes.linear_map import LinearMap, linear_map
 from lrp_compiler.passes.operation import Operand, Operation
+from lrp_compiler.passes.program import tensor_of
 from lrp_compiler.passes.rules.base import EdgeKind, Edges, Rule, Sinks
 from lrp_compiler.passes.site import Site
 
@@ -29,12 +31,14 @@ def w_square_terms(x: Tensor, weight: Tensor, bounds: Any) -> Terms:
     return ((torch.ones_like(x), weight.square(), 1.0),)
 
 
-Bound = float | tuple[float, ...]
-"""One bound for every input, or one per channel."""
+Bound = float | tuple[float, ...] | Tensor
+"""One bound for every input, one per channel, or a tensor that broadcasts to the input."""
 
 
 def spread(bound: Bound, x: Tensor) -> Tensor:
     """``bound`` in the shape of ``x`` (N, C, ...)."""
+    if isinstance(bound, Tensor):
+        return bound.expand_as(x)
     if isinstance(bound, tuple):
         channels = torch.stack([x.new_full((), value) for value in bound])
         return channels.view([-1] + [1] * (x.dim() - 2)).expand_as(x)
@@ -76,8 +80,7 @@ class Terminal(Rule):
     folds_batch_norm: ClassVar[bool] = True
     terms: ClassVar[Callable[..., Terms]]
 
-    @property
-    def bounds(self) -> Any:
+    def bounds(self, site: Site) -> Any:
         """What ``terms`` needs beside input and weight."""
         return None
 
@@ -94,7 +97,7 @@ class Terminal(Rule):
         op = site.op
         operands = [list(op.args), dict(op.kwargs)]
         arguments = (linear_map(op), operands, op.fold(), edge)
-        return site.emit(shares, self.name, type(self).terms, self.bounds, *arguments, autograd=True)
+        return site.emit(shares, self.name, type(self).terms, self.bounds(site), *arguments, autograd=True)
 
 
 @dataclass(frozen=True)
@@ -113,18 +116,39 @@ class WSquare(Terminal):
     terms: ClassVar[Callable[..., Terms]] = staticmethod(w_square_terms)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ZBox(Terminal):
-    """For inputs bounded by ``low`` and ``high``, numbers or one number per channel (Montavon et al. 2017)."""
+    """For inputs between ``low`` and ``high`` (Montavon et al. 2017).
+
+    Either is a number, a tuple of one number per channel, or a tensor that broadcasts to the input (N, C, ...).
+    """
 
     low: Bound = 0.0
     high: Bound = 1.0
     name: ClassVar[str] = "z_box"
     terms: ClassVar[Callable[..., Terms]] = staticmethod(z_box_terms)
 
-    @property
-    def bounds(self) -> Any:
-        return (self.low, self.high)
+    def tensors(self, op: Operation) -> dict[str, Tensor]:
+        (x,) = op.flowing_factors
+        shape = tensor_of(x.node).shape
+        found = {key: bound for key, bound in self._named() if isinstance(bound, Tensor)}
+        for key, bound in found.items():
+            if not _broadcasts(bound.shape, shape):
+                cause = f"it does not broadcast to the input of {op}, which is of shape {tuple(shape)}"
+                raise OptionValueError(name=f"ZBox.{key}", value=tuple(bound.shape), cause=cause)
+        return found
+
+    def bounds(self, site: Site) -> Any:
+        return tuple(site.tensor(key) if isinstance(bound, Tensor) else bound for key, bound in self._named())
+
+    def _named(self) -> list[tuple[str, Bound]]:
+        return [("low", self.low), ("high", self.high)]
 
     def __str__(self) -> str:
-        return f"z_box({self.low}, {self.high})"
+        low, high = (f"tensor{tuple(b.shape)}" if isinstance(b, Tensor) else b for b in (self.low, self.high))
+        return f"z_box({low}, {high})"
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    trailing = to[len(to) - len(shape) :]
+    return len(shape) <= len(to) and all(one in (1, size) for one, size in zip(shape, trailing, strict=True))

@@ -215,6 +215,31 @@ def test_bounds_per_channel_are_zennits() -> None:
         assert relative_error(compile_for_lrp(model, ours_too).attribute(x, 0), expected.detach()) <= FLOAT64
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (2, 3, 16, 16), (3, 1, 1), ()])
+def test_bounds_as_tensors_are_zennits(shape: tuple[int, ...]) -> None:
+    """Another bound for every pixel, for every sample, for every channel, for all."""
+    low, high = -1 - torch.rand(shape, dtype=torch.float64), 1 + torch.rand(shape, dtype=torch.float64)
+    model, x = cnn().double(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    pixels = [bound.expand_as(x) for bound in (low, high)]
+    exact = [(zennit_types.AvgPool, zennit_rules.Norm(stabilizer=AGAINST_ZERO))]
+
+    def seed(output: Tensor) -> Tensor:
+        return output.detach() * torch.eye(CLASSES, dtype=output.dtype)[0]
+
+    with zennit_attribution.Gradient(
+        model, zennit_composites.EpsilonGammaBox(*pixels, layer_map=exact), attr_output=seed
+    ) as attributor:
+        _, expected = attributor(x.clone().requires_grad_())
+    explained = compile_for_lrp(model, composites.epsilon_gamma_box(low, high))
+    assert relative_error(explained.attribute(x, 0), expected.detach()) <= FLOAT64
+
+
+def test_bounds_that_do_not_fit_are_refused() -> None:
+    explained = compile_for_lrp(cnn(), composites.epsilon_gamma_box(torch.zeros(3), 1.0))
+    with pytest.raises(errors.OptionValueError, match=r"ZBox.low.*\(3,\).*input of conv2d.*\(1, 3, 16, 16\)"):
+        explained.attribute(torch.rand(1, 3, 16, 16), 0)
+
+
 def test_hooks_without_a_rule_are_refused() -> None:
     class Own(zennit_core.Hook):
         """A hook of a user's."""
