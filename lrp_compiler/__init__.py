@@ -6,6 +6,7 @@ from lrp_compiler.ledger import Ledger
 from lrp_compiler.module import LRPModule
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.patching import patch_effects, true_patch_effects
+from lrp_compiler.patterns import fit_patterns
 from lrp_compiler.registry import register_rule
 from lrp_compiler.report import Report
 from lrp_compiler.seeds import Contrast, Token
@@ -22,6 +23,7 @@ __all__ = [
     "compile_for_lrp",
     "composites",
     "errors",
+    "fit_patterns",
     "patch_effects",
     "register_rule",
     "rules",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+
+from torch import Tensor
 
 from lrp_compiler.passes.errors import UnknownCompositeError
 from lrp_compiler.passes.operation import Operation, gates_a_product
@@ -21,6 +23,7 @@ from lrp_compiler.passes.rules.elementwise import (
 )
 from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, SoftmaxGradient
+from lrp_compiler.passes.rules.pattern import OnRelevance, PatternAttribution, PatternNet, PatternSite
 from lrp_compiler.passes.rules.plain import Epsilon, Plain, Stop
 from lrp_compiler.passes.rules.product import Numerator, Uniform
 from lrp_compiler.passes.rules.pullback import SoftMaxPool
@@ -118,6 +121,24 @@ def dynamiclrp() -> Composite:
     return Composite("dynamiclrp", (*lines, *BASE))
 
 
+def pattern_composite(name: str, rule: PatternSite) -> Composite:
+    """``rule`` on linear maps, gates and movement applied to relevance; sums and products as in LRP."""
+    moves = on(OpClass.MOVEMENT, OpClass.SELECTION, OpClass.REDUCTION, OpClass.TUPLE)
+    lines: Lines = ((LINEAR, rule), (RELU, OnRelevance(Identity())), (moves, OnRelevance(Plain())))
+    return Composite(name, (*lines, *BASE), conserves=False)
+
+
+def pattern_net(patterns: Mapping[str, Tensor] | None = None) -> Composite:
+    """PatternNet: the signal in the input, by ``patterns`` from ``lrp_compiler.fit_patterns``."""
+    signal = (on(OpClass.ADD), OnRelevance(Plain()))
+    return pattern_composite("pattern_net", PatternNet(patterns or {})).override(signal, name="pattern_net")
+
+
+def pattern_attribution(patterns: Mapping[str, Tensor] | None = None) -> Composite:
+    """PatternAttribution: each input's share in the signal, by ``patterns`` from ``lrp_compiler.fit_patterns``."""
+    return pattern_composite("pattern_attribution", PatternAttribution(patterns or {}))
+
+
 def excitation_pullback(temperature: float = 0.3) -> Composite:
     """The gradient with ReLU gates softened to sigmoid(x / T) and max-pools to softmax of temperature T."""
     lines: Lines = (
@@ -189,6 +210,8 @@ COMPOSITES: dict[str, Callable[[], Composite]] = {
     "attnlrp_gamma": attnlrp_gamma,
     "relp": relp,
     "dynamiclrp": dynamiclrp,
+    "pattern_net": pattern_net,
+    "pattern_attribution": pattern_attribution,
     "excitation_pullback": excitation_pullback,
     "epsilon_gamma_box": epsilon_gamma_box,
     "epsilon_plus": epsilon_plus,

@@ -54,6 +54,11 @@ class LRPModule(nn.Module):
             self._model.training = mode
 
     @property
+    def compiler(self) -> Compiler:
+        """What compiles this module's calls and keeps them."""
+        return self._compiler
+
+    @property
     def original(self) -> nn.Module:
         """The module this one explains."""
         return self._model
@@ -113,7 +118,7 @@ class LRPModule(nn.Module):
         ``wrt`` names the attributed inputs, None meaning every float input and every token input.
         """
         kwargs = dict(sorted(kwargs.items()))
-        explained = self._explained(args, kwargs, wrt)
+        explained = self.explained_call(args, kwargs, wrt)
         request = default_request(explained, at, self._options)
         tape = Tape(self._model, self._compiler, explained, request)
         leaves = tape.record(graph_inputs(explained.program, self._model, args, kwargs))
@@ -154,17 +159,18 @@ class LRPModule(nn.Module):
 
     def report(self, *args: Any, wrt: Names = None, **kwargs: Any) -> Report:
         """What the compiler made of this kind of call: coverage, rules, promises, buffers, timings, sites."""
-        explained = self._explained(args, dict(sorted(kwargs.items())), wrt)
+        explained = self.explained_call(args, dict(sorted(kwargs.items())), wrt)
         request = default_request(explained, None, self._options)
         stages, executable = self._compiler.emitted(explained, request)
         return make_report(type(self._model).__name__, stages, executable, explained)
 
     def stages(self, *args: Any, wrt: Names = None, **kwargs: Any) -> tuple[Stage, ...]:
         """Every pass's output for this kind of call; ``str(stage)`` is a Python program."""
-        explained = self._explained(args, dict(sorted(kwargs.items())), wrt)
+        explained = self.explained_call(args, dict(sorted(kwargs.items())), wrt)
         return self._compiler.emitted(explained, default_request(explained, None, self._options))[0]
 
-    def _explained(self, args: tuple[Any, ...], kwargs: dict[str, Any], wrt: Names) -> ExplainedCall:
+    def explained_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], wrt: Names = None) -> ExplainedCall:
+        """The compiled form of ``model(*args, **kwargs)`` with rules for the inputs ``wrt``."""
         call = self._compiler.call(self._model, args, kwargs)
         attributed = None if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
         return self._compiler.explain(call, attributed)

@@ -112,6 +112,13 @@ class Tape:
         nothing = torch.zeros_like(self._outputs()[chosen])
         return self._at_sites(nothing, at, None, "activation", True)
 
+    def values(self, nodes: tuple[str, ...]) -> dict[str, Tensor]:
+        """The forward values of graph nodes, parameters among them, by node name."""
+        self._check_fresh()
+        request = Request((), tuple((node, "activation") for node in nodes))
+        executable = self._compiler.emitted(self._call, request)[1]
+        return {result.site: value for result, value in self._run(executable, {}, {})}
+
     def sinks(self, target: Target = None, *, output: str | None = None) -> Sinks:
         """What left the graph on purpose: op -> kind -> relevance tensor (bias, constant, softmax, mask, epsilon)."""
         results, _ = self._ask(target, output, (), sinks=True)
@@ -211,15 +218,21 @@ class Tape:
             return self._ask_reference(seeds, sites, sinks or ledger), seeds
         request = Request(tuple(seeds), sites, sinks, ledger, tuple(masks))
         executable = self._compiler.emitted(self._call, request)[1]
-        self._complete(executable)
-        values = [self._inputs[name] for name in executable.free] + [self._saved[name] for name in executable.saved]
-        with torch.no_grad():
-            given = (values, list(seeds.values()), list(masks.values()))
-            results = _relevance(executable, *given, mapped=isinstance(target, _Several))
+        results = self._run(executable, seeds, masks, mapped=isinstance(target, _Several))
         if self._compiler.options.verify == "ledger" and not ledger:
             for one in target.targets if isinstance(target, _Several) else [target]:
                 self.ledger(one, output=output).check()
-        return list(zip(executable.program.results, results, strict=True)), seeds
+        return results, seeds
+
+    def _run(
+        self, executable: Executable, seeds: dict[int, Tensor], masks: Masks, *, mapped: bool = False
+    ) -> list[tuple[Result, Tensor]]:
+        """Run a relevance graph on this tape's values."""
+        self._complete(executable)
+        values = [self._inputs[name] for name in executable.free] + [self._saved[name] for name in executable.saved]
+        with torch.no_grad():
+            results = _relevance(executable, values, list(seeds.values()), list(masks.values()), mapped=mapped)
+        return list(zip(executable.program.results, results, strict=True))
 
     def _ask_reference(
         self, seeds: dict[int, Tensor], sites: tuple[tuple[str, Reading], ...], accounts: bool

@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind as ExportKind
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.errors import CaptureError, user_source_of_trace
-from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program
+from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, learn
 
 KINDS = {
     ExportKind.PARAMETER: InputKind.PARAMETER,
@@ -41,11 +41,15 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 model=type(model).__name__, cause=f"{type(error).__name__}: {cause[0]}", source=_blame(error)
             ) from error
     graph_module = exported.graph_module
+    inputs = tuple(_input_spec(spec, exported.constants) for spec in exported.graph_signature.input_specs)
+    placeholders = (node for node in graph_module.graph.nodes if node.op == "placeholder")
+    for node, spec in zip(placeholders, inputs, strict=True):
+        learn(node, origin=spec.target)
     return Program(
         graph=graph_module.graph,
         root=graph_module,
         fake_mode=_fake_mode(graph_module.graph),
-        inputs=tuple(_input_spec(spec, exported.constants) for spec in exported.graph_signature.input_specs),
+        inputs=inputs,
         outputs=_outputs(exported),
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,

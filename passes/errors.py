@@ -157,6 +157,15 @@ class DerivativeError(LRPError):
     hint = "Give the op a rule of its own: rules={{op: function}} or @lrp_compiler.register_rule."
 
 
+class PatternError(LRPError):
+    id = "LRP020"
+    template = "no pattern fits {op}, whose weight is '{weight}': {cause}"
+    hint = (
+        "Estimate patterns on training data, patterns = lrp_compiler.fit_patterns(model, loader), and pass"
+        " composites.pattern_attribution(patterns) or composites.pattern_net(patterns)."
+    )
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")

@@ -50,7 +50,10 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the passes know of a node; kept in ``node.meta['lrp']`` and replaced, never changed."""
+    """What the passes know of a node; kept in ``node.meta['lrp']`` and replaced, never changed.
+
+    ``origin`` names the op that a relevance op belongs to, and of a graph input the live parameter behind it.
+    """
 
     part: Literal["forward", "seed", "relevance", "promise"] = "forward"
     live: bool = False
