@@ -32,6 +32,41 @@ def additive_mask(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tenso
     return added.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else added + mask
 
 
+def attention_backward(
+    c: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of fused attention at Q, K, V by plain products, which torch can differentiate in turn.
+
+    Arguments and results are those of the fused backward op it stands in for; ``dropout_p`` is always 0 there.
+    """
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    keys, values = repeat_heads(key, query), repeat_heads(value, query)
+    scores = attention_scores(query, key, scale)
+    weights = torch.exp(scores + additive_mask(scores, attn_mask, is_causal) - logsumexp.unsqueeze(-1))
+    weights = torch.nan_to_num(weights, 0.0)
+    c_scores = weights * (c @ values.transpose(-2, -1) - (c * output).sum(-1, keepdim=True)) * factor
+    per_key, per_value = c_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ c
+    return c_scores @ keys, shared_heads(per_key, key), shared_heads(per_value, value)
+
+
+def shared_heads(repeated: Tensor, shared: Tensor) -> Tensor:
+    """The transpose of ``repeat_heads``: what arrives at a key or value from all query heads it serves."""
+    if repeated.shape == shared.shape:
+        return repeated
+    heads = shared.shape[-3]
+    return repeated.reshape(*repeated.shape[:-3], heads, -1, *repeated.shape[-2:]).sum(-3)
+
+
 def attention_sinks(
     c: Tensor,
     query: Tensor,

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from lrp_compiler.kernels.offset_gates import OFFSET_GATES
 from lrp_compiler.passes.errors import UnknownCompositeError
 from lrp_compiler.passes.operation import Operation, gates_a_product
-from lrp_compiler.passes.optable import OpClass, classify
+from lrp_compiler.passes.optable import OpClass, classify, op_name
 from lrp_compiler.passes.program import Program, facts, forward_nodes
 from lrp_compiler.passes.rules.absolute import AbsoluteAdd, AbsoluteMultiply, AbsoluteSum, CreditedBias, NormIdentity
 from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
@@ -20,7 +21,9 @@ from lrp_compiler.passes.rules.elementwise import (
     GuidedBackprop,
     Identity,
     IdentityRelevance,
+    OffsetGate,
 )
+from lrp_compiler.passes.rules.filter import TopRelevance
 from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, SoftmaxGradient
 from lrp_compiler.passes.rules.pattern import OnRelevance, PatternAttribution, PatternNet, PatternSite
@@ -121,6 +124,45 @@ def dynamiclrp() -> Composite:
     return Composite("dynamiclrp", (*lines, *BASE))
 
 
+def bcos() -> Composite:
+    """B-cos networks (Boehle et al. 2022, 2024) in explanation mode: the alignment |cos|^(B-1) of a unit is a constant.
+
+    What a unit is scaled by comes from absolute values, norms and attention maps of its inputs, none of which gets
+    relevance; what remains is the dynamic linear map, so a network without biases conserves exactly.
+    """
+    absolute = (on(target="aten::abs"), Stop())
+    return cp_lrp().override(absolute, name="bcos")
+
+
+def linear_interpreter() -> Composite:
+    """LinearScope (1908.05168): what is not linear is frozen, y = W(x) x + r; results are rows of W, not products.
+
+    Gates, norm statistics, indices and attention maps are constants; ``tape.linearised()`` has rows, columns and r.
+    """
+    has_offset = on(OpClass.NONLINEAR, where=lambda op: op_name(op.node) in OFFSET_GATES)
+    frozen = cp_lrp().override((has_offset, OffsetGate()), name="linear_interpreter")
+    return replace(frozen, readout="coefficient")
+
+
+def keep_top(composite: Composite, fraction: float) -> Composite:
+    """``composite`` keeping the ``fraction`` of largest relevance per sample behind every linear map and product."""
+    lines: list[tuple[Matcher, Rule]] = []
+    for matcher, rule in composite.lines:
+        lines.append((_restricted(matcher, to_products=True), TopRelevance(rule, fraction)))
+        lines.append((_restricted(matcher, to_products=False), rule))
+    return replace(composite, name=f"{composite.name}, top {fraction:g}", lines=tuple(lines))
+
+
+def _restricted(matcher: Matcher, *, to_products: bool) -> Matcher:
+    """``matcher`` for linear maps and products alone, or for all else."""
+
+    def holds(op: Operation) -> bool:
+        is_product = op.op_class in (OpClass.LINEAR, OpClass.BILINEAR)
+        return is_product == to_products and (matcher.where is None or matcher.where(op))
+
+    return replace(matcher, where=holds)
+
+
 def pattern_composite(name: str, rule: PatternSite) -> Composite:
     """``rule`` on linear maps, gates and movement applied to relevance; sums and products as in LRP."""
     moves = on(OpClass.MOVEMENT, OpClass.SELECTION, OpClass.REDUCTION, OpClass.TUPLE)
@@ -210,6 +252,8 @@ COMPOSITES: dict[str, Callable[[], Composite]] = {
     "attnlrp_gamma": attnlrp_gamma,
     "relp": relp,
     "dynamiclrp": dynamiclrp,
+    "bcos": bcos,
+    "linear_interpreter": linear_interpreter,
     "pattern_net": pattern_net,
     "pattern_attribution": pattern_attribution,
     "excitation_pullback": excitation_pullback,

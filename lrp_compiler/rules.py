@@ -9,9 +9,12 @@ from lrp_compiler.passes.rules.elementwise import (
     GuidedBackprop,
     Identity,
     IdentityRelevance,
+    OffsetGate,
 )
+from lrp_compiler.passes.rules.filter import TopRelevance
 from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, SoftmaxGradient
+from lrp_compiler.passes.rules.pattern import OnRelevance, PatternAttribution, PatternNet
 from lrp_compiler.passes.rules.plain import Epsilon, Plain, Stop
 from lrp_compiler.passes.rules.product import Numerator, Uniform
 from lrp_compiler.passes.rules.signsplit import AlphaBeta, Gamma, ZPlus
@@ -34,12 +37,17 @@ __all__ = [
     "LayerNorm",
     "Matcher",
     "Numerator",
+    "OffsetGate",
+    "OnRelevance",
     "OpClass",
+    "PatternAttribution",
+    "PatternNet",
     "Plain",
     "RMSNorm",
     "Rule",
     "SoftmaxGradient",
     "Stop",
+    "TopRelevance",
     "Uniform",
     "WSquare",
     "ZBox",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild_output
 from lrp_compiler.ledger import Ledger, ledger_from_results
+from lrp_compiler.linearised import Linearised
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import OptionValueError, OutputError, StaleTapeError
-from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result
+from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result, facts
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.seeds import Target, seeds_for
@@ -112,6 +114,34 @@ class Tape:
         nothing = torch.zeros_like(self._outputs()[chosen])
         return self._at_sites(nothing, at, None, "activation", True)
 
+    def linearised(self, at: Names = None, *, output: str | None = None) -> Linearised:
+        """The linear map from the values at ``at`` (as in ``relevance``) to one output: rows, columns, offset.
+
+        Raises OptionValueError for a composite with a rule that is not linear in the seed.
+        """
+        for node in self.program.graph.nodes:
+            rule = facts(node).rule
+            if rule is not None and not rule.linear_in_seed:
+                cause = f"the rule '{rule}' of {node.name} is not linear in the seed"
+                raise OptionValueError(name="composite", value=getattr(self.program.composite, "name", ""), cause=cause)
+        refs = resolve_sites(self.program, self._names_of(at))
+        chosen = self._call.chosen_output(output if output is not None else self._compiler.options.output)
+        nodes: tuple[tuple[str, Reading], ...] = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
+        executable = self._compiler.emitted(self._call, Request((chosen,), tuple(dict.fromkeys(nodes))))[1]
+        self._check_fresh()
+
+        def pullback(seed: Tensor) -> dict[str, Tensor]:
+            values = {
+                result.site: value for result, value in self._run(executable, {chosen: seed}, {}, differentiable=True)
+            }
+            return {ref.label: _gather(ref, values, "coefficient", True) for ref in refs}
+
+        def seed_of(target: Target) -> Tensor:
+            return self._seeds(target, output)[chosen]
+
+        activations = self.activations([ref.label for ref in refs])
+        return Linearised(pullback, self._outputs()[chosen].detach(), activations, seed_of)
+
     def values(self, nodes: tuple[str, ...]) -> dict[str, Tensor]:
         """The forward values of graph nodes, parameters among them, by node name."""
         self._check_fresh()
@@ -153,14 +183,16 @@ class Tape:
         per_dimension: bool,
         through: Masks | None = None,
     ) -> Any:
-        names = list(self.program.attributed) if at is None else [at] if isinstance(at, str) else list(at)
-        refs = resolve_sites(self.program, names)
+        refs = resolve_sites(self.program, self._names_of(at))
         nodes = tuple(dict.fromkeys((node, kind) for ref in refs for node in ref.nodes))
         results, _ = self._ask(target, output, nodes, masks=self._masks(through or {}))
         values = {result.site: value for result, value in results}
         found = {ref.label: _gather(ref, values, kind, per_dimension) for ref in refs}
         single = (at is None and len(found) == 1) or (isinstance(at, str) and not is_glob(at))
         return next(iter(found.values())) if single else found
+
+    def _names_of(self, at: Names) -> list[str]:
+        return list(self.program.attributed) if at is None else [at] if isinstance(at, str) else list(at)
 
     def _masks(self, through: Masks) -> Masks:
         """The masks by node name, in the shape and dtype of their sites; raises UnknownSiteError, OptionValueError."""
@@ -225,13 +257,22 @@ class Tape:
         return results, seeds
 
     def _run(
-        self, executable: Executable, seeds: dict[int, Tensor], masks: Masks, *, mapped: bool = False
+        self,
+        executable: Executable,
+        seeds: dict[int, Tensor],
+        masks: Masks,
+        *,
+        mapped: bool = False,
+        differentiable: bool = False,
     ) -> list[tuple[Result, Tensor]]:
-        """Run a relevance graph on this tape's values."""
+        """Run a relevance graph on this tape's values; ``differentiable`` lets the seeds record gradients."""
         self._complete(executable)
         values = [self._inputs[name] for name in executable.free] + [self._saved[name] for name in executable.saved]
-        with torch.no_grad():
-            results = _relevance(executable, values, list(seeds.values()), list(masks.values()), mapped=mapped)
+        if differentiable:
+            values = [value.detach() if isinstance(value, Tensor) else value for value in values]
+        with torch.set_grad_enabled(differentiable):
+            code = executable.differentiable if differentiable else executable.relevance
+            results = _relevance(code, values, list(seeds.values()), list(masks.values()), mapped=mapped)
         return list(zip(executable.program.results, results, strict=True))
 
     def _ask_reference(
@@ -279,17 +320,17 @@ class _Several:
 
 
 def _relevance(
-    executable: Executable, values: list[Tensor], seeds: list[Tensor], masks: list[Tensor], *, mapped: bool
+    code: Callable[..., Any] | None, values: list[Tensor], seeds: list[Tensor], masks: list[Tensor], *, mapped: bool
 ) -> Any:
     """The results of a relevance graph; ``mapped`` seeds carry one more dimension in front, and so do results."""
-    assert executable.relevance is not None
+    assert code is not None
     if not mapped:
-        return executable.relevance(*values, *seeds, *masks)
+        return code(*values, *seeds, *masks)
     in_dims = (*(None for _ in values), *(0 for _ in seeds), *(None for _ in masks))
     with warnings.catch_warnings():
         # Ops without a batching rule (CPU flash attention) run once per target; the result is the same.
         warnings.filterwarnings("ignore", message=".*batching rule.*")
-        return torch.vmap(executable.relevance, in_dims=in_dims)(*values, *seeds, *masks)
+        return torch.vmap(code, in_dims=in_dims)(*values, *seeds, *masks)
 
 
 class _ReplayedRNG:

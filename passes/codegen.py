@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 
+from lrp_compiler.kernels.attention import attention_backward
 from lrp_compiler.passes.lower_promises import free_values, saved_values
-from lrp_compiler.passes.program import Program
+from lrp_compiler.passes.program import Program, copy_graph
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,21 @@ class Executable:
     relevance: Callable[..., tuple[Any, ...]] | None
     free: tuple[str, ...]
     saved: tuple[str, ...]
+
+    @cached_property
+    def differentiable(self) -> Callable[..., tuple[Any, ...]]:
+        """``relevance`` with plain products in place of fused ops whose result torch cannot differentiate again."""
+        assert self.program.relevance_graph is not None
+        graph = copy_graph(self.program.relevance_graph)
+        for node in graph.nodes:
+            node.target = DIFFERENTIABLE.get(node.target, node.target)
+        return _compiled(graph, "differentiable_relevance")
+
+
+DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
+}
+"""Fused op without a derivative -> a function of the same arguments that has one."""
 
 
 def codegen(program: Program) -> Executable:

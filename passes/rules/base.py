@@ -24,7 +24,8 @@ Sinks = dict[str, fx.Node]
 class Rule:
     """How an op turns the edge of its output into edges of the operands that relevance can flow to.
 
-    ``kind`` is the edge kind a rule takes and gives; a rule that ``folds_batch_norm`` takes a batch norm that follows
+    ``kind`` is the edge kind a rule takes and gives; ``linear_in_seed`` says whether twice the edge gives twice the
+    edges, which all rules but filters do; a rule that ``folds_batch_norm`` takes a batch norm that follows
     its op as part of it. Subclasses are frozen dataclasses, so that two rules with the same parameters are equal;
     those that hold tensors equal themselves alone.
     """
@@ -32,6 +33,7 @@ class Rule:
     name: ClassVar[str] = "rule"
     kind: ClassVar[EdgeKind] = "coefficient"
     folds_batch_norm: ClassVar[bool] = False
+    linear_in_seed: ClassVar[bool] = True
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         """The operands this rule hands relevance to, among those it can flow to."""

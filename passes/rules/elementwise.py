@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.kernels.gates import GATES
+from lrp_compiler.kernels.offset_gates import OFFSET_GATES
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
-from lrp_compiler.passes.rules.base import EdgeKind, Edges, Rule
+from lrp_compiler.passes.rules.base import EdgeKind, Edges, Rule, Sinks
 from lrp_compiler.passes.site import Site
 
 aten = torch.ops.aten
@@ -63,6 +64,7 @@ class DeconvNet(Rule):
     """c_x = max(c_y, 0), whatever x is (Zeiler and Fergus 2014); not linear in the seed."""
 
     name: ClassVar[str] = "deconvnet"
+    linear_in_seed: ClassVar[bool] = False
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return {receiver: site.emit(deconv_filter, edge) for receiver in self.receivers(site.op)}
@@ -73,6 +75,7 @@ class GuidedBackprop(Rule):
     """c_x = c_y where x > 0 and c_y > 0 (Springenberg et al. 2015); not linear in the seed."""
 
     name: ClassVar[str] = "guided_backprop"
+    linear_in_seed: ClassVar[bool] = False
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return {receiver: site.emit(guided_filter, edge, receiver.node) for receiver in self.receivers(site.op)}
@@ -87,6 +90,26 @@ class BetaSmooth(Rule):
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return {r: site.emit(smooth_gate, edge, r.node, self.beta) for r in self.receivers(site.op)}
+
+
+@dataclass(frozen=True)
+class OffsetGate(Rule):
+    """c_x = c_y g(x) with f(x) = f(0) + x g(x): the share of f(0) is a constant's, and sinks (linear interpreter)."""
+
+    name: ClassVar[str] = "offset_gate"
+
+    def receivers(self, op: Operation) -> tuple[Operand, ...]:
+        return op.flowing[:1]
+
+    def propagate(self, site: Site, edge: Any) -> Edges:
+        gate, _ = OFFSET_GATES[op_name(site.node)]
+        return {
+            receiver: site.emit(gated, gate, edge, site.op.args, site.op.kwargs) for receiver in self.receivers(site.op)
+        }
+
+    def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
+        _, at_zero = OFFSET_GATES[op_name(site.node)]
+        return {"constant": site.scale(edge, at_zero(*site.op.args[1:], **site.op.kwargs))}
 
 
 @dataclass(frozen=True)

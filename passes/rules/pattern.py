@@ -94,6 +94,10 @@ class OnRelevance(Rule):
     rule: Rule
     kind: ClassVar[EdgeKind] = "relevance"
 
+    @property
+    def linear_in_seed(self) -> bool:  # type: ignore[override]
+        return self.rule.linear_in_seed
+
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return self.rule.receivers(op)
 
