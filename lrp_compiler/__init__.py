@@ -7,6 +7,7 @@ from lrp_compiler.module import LRPModule
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.patching import patch_effects, true_patch_effects
 from lrp_compiler.patterns import fit_patterns
+from lrp_compiler.positions import positional_relevance
 from lrp_compiler.registry import register_rule
 from lrp_compiler.report import Report
 from lrp_compiler.seeds import Contrast, Token
@@ -25,6 +26,7 @@ __all__ = [
     "errors",
     "fit_patterns",
     "patch_effects",
+    "positional_relevance",
     "register_rule",
     "rules",
     "seeds",

@@ -28,6 +28,7 @@ from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, SoftmaxGradient
 from lrp_compiler.passes.rules.pattern import OnRelevance, PatternAttribution, PatternNet, PatternSite
 from lrp_compiler.passes.rules.plain import Epsilon, Plain, Stop
+from lrp_compiler.passes.rules.position import PositionAdd, RotaryHalf, adds_position, is_rotary
 from lrp_compiler.passes.rules.product import Numerator, Uniform
 from lrp_compiler.passes.rules.pullback import SoftMaxPool
 from lrp_compiler.passes.rules.signsplit import AlphaBeta, Gamma, ZPlus
@@ -95,6 +96,15 @@ FIRST_CONVOLUTION = replace(CONVOLUTION, first=True)
 LINEAR = on(OpClass.LINEAR)
 FIRST_LINEAR = replace(LINEAR, first=True)
 RELU = on(target="aten::relu")
+
+
+def pa_lrp() -> Composite:
+    """PA-LRP (Bakish et al. 2025): AttnLRP with the shares of positions kept as sinks, per token.
+
+    ``lrp_compiler.positional_relevance`` adds them to the tokens' relevance.
+    """
+    lines: Lines = ((on(where=is_rotary), RotaryHalf()), (on(where=adds_position), PositionAdd()))
+    return attnlrp().override(*lines, name="pa_lrp")
 
 
 def attnlrp_gamma(conv: float = 0.25, linear: float = 0.05) -> Composite:
@@ -251,6 +261,7 @@ COMPOSITES: dict[str, Callable[[], Composite]] = {
     "epsilon": epsilon,
     "attnlrp_gamma": attnlrp_gamma,
     "relp": relp,
+    "pa_lrp": pa_lrp,
     "dynamiclrp": dynamiclrp,
     "bcos": bcos,
     "linear_interpreter": linear_interpreter,

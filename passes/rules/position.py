@@ -1,0 +1,132 @@
+"""Positional sinks (PA-LRP, Bakish et al. 2025): what positions contribute is kept, per token, instead of lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, fx
+
+from lrp_compiler.kernels.linear import masked_product
+from lrp_compiler.passes.operation import DATA_OF_A_VALUE, Operand, Operation
+from lrp_compiler.passes.optable import OpClass, aten_names, classify, op_name
+from lrp_compiler.passes.program import facts, first_argument, tensor_of
+from lrp_compiler.passes.rules.base import Edges, Rule, Sinks
+from lrp_compiler.passes.rules.plain import Plain
+from lrp_compiler.passes.site import Site
+
+POSITION = "position"
+"""The kind under which these rules' sinks stand."""
+
+
+def summed_to_tokens(relevance: Tensor, token_dim: int) -> Tensor:
+    """Relevance (batch, ..., tokens, ...) summed to (batch, tokens)."""
+    kept = token_dim % relevance.dim()
+    others = [dim for dim in range(1, relevance.dim()) if dim != kept]
+    return relevance.sum(others) if others else relevance
+
+
+def rotary_share(c: Tensor, rotated: Tensor, token_dim: int) -> Tensor:
+    """Half of a rotated query's or key's relevance, per token."""
+    return summed_to_tokens(masked_product(c, rotated), token_dim) / 2
+
+
+def added_position(c: Tensor, position: Tensor, token_dim: int) -> Tensor:
+    """P * c, per token."""
+    return summed_to_tokens(masked_product(c, position.expand_as(c)), token_dim)
+
+
+@dataclass(frozen=True)
+class RotaryHalf(Rule):
+    """A rotary embedding shares evenly between what it rotates and the position (PA-LRP eq. 10)."""
+
+    name: ClassVar[str] = "rotary_half"
+
+    def propagate(self, site: Site, edge: Any) -> Edges:
+        return site.vjp(site.scale(edge, 0.5), self.receivers(site.op))
+
+    def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
+        factor = _rotation_of(site.op.flowing[0].node)
+        assert factor is not None
+        return {POSITION: site.emit(rotary_share, edge, site.node, _token_dim(factor[1]))}
+
+
+@dataclass(frozen=True)
+class PositionAdd(Plain):
+    """An added positional embedding: the plain rule, its constant's share per token (PA-LRP eq. 5)."""
+
+    name: ClassVar[str] = "position_add"
+
+    def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
+        (position,) = site.op.constants()
+        return {POSITION: site.emit(added_position, edge, position.node, 1)}
+
+
+def is_rotary(op: Operation) -> bool:
+    """Whether a sum is x cos + rotated(x) sin: one value, moved within itself, times two constants."""
+    if op.op_class is not OpClass.ADD or len(op.flowing) != 2:
+        return False
+    parts = [_rotation_of(operand.node) for operand in op.flowing]
+    if parts[0] is None or parts[1] is None:
+        return False
+    origins = [_origins(part[0]) for part in parts if part is not None]
+    return len(origins[0] | origins[1]) == 1
+
+
+def _rotation_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(value, constant) of a product with a constant that changes along its last two dimensions."""
+    entry = classify(node) if node.op == "call_function" else None
+    if entry is None or entry.op_class is not OpClass.MULTIPLY:
+        return None
+    values = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    if len(values) != 2 or sum(facts(value).live for value in values) != 1:
+        return None
+    value, constant = sorted(values, key=lambda arg: not facts(arg).live)
+    shape = tensor_of(constant).shape
+    return (value, constant) if len(shape) >= 2 and shape[-1] > 1 else None
+
+
+def _origins(node: fx.Node) -> set[fx.Node]:
+    """The values that ``node`` is moved, cut, joined or negated from, whole."""
+    entry = classify(node) if node.op == "call_function" else None
+    moved = entry is not None and entry.op_class in DATA_OF_A_VALUE
+    cuts = moved and op_name(node) in CUTS
+    if cuts or op_name(node) == "aten::neg":
+        return {origin for arg in node.all_input_nodes for origin in _origins(arg)}
+    return {node}
+
+
+CUTS = aten_names(
+    "cat stack slice select split split_with_sizes chunk unbind flatten view reshape unsqueeze squeeze"
+) | {"builtin::getitem"}
+"""Movement within a value that rotations are written with."""
+
+
+def _token_dim(constant: fx.Node) -> int:
+    """The dimension that positions run along: the last one before the features along which ``constant`` changes."""
+    shape = tensor_of(constant).shape
+    changing = [dim for dim in range(1 - len(shape), 0) if dim != -1 and shape[dim] > 1]
+    return changing[-1] if changing else -2
+
+
+def adds_position(op: Operation) -> bool:
+    """Whether a sum (batch, tokens, features) adds a constant of its own for every token."""
+    if op.op_class is not OpClass.ADD or len(op.flowing) != 1 or len(op.constants()) != 1:
+        return False
+    out, constant = tensor_of(op.node).shape, op.constants()[0]
+    shape = tensor_of(constant.node).shape
+    if len(out) != 3 or len(shape) < 2 or shape[-2:] != out[-2:]:
+        return False
+    feeds_softmax = any(_is_softmax(user) for user in op.node.users)
+    return not feeds_softmax and _could_index(constant, out[1])
+
+
+def _is_softmax(node: fx.Node) -> bool:
+    entry = classify(node) if node.op == "call_function" else None
+    return entry is not None and entry.op_class is OpClass.SOFTMAX
+
+
+def _could_index(constant: Operand, tokens: int) -> bool:
+    """A table with fewer rows than there are tokens (of segments, say) holds no positions."""
+    tables = [origin for origin in _origins(constant.node) if op_name(origin) == "aten::embedding"]
+    return all(tensor_of(first_argument(table)).shape[0] >= tokens for table in tables)
