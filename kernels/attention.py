@@ -32,6 +32,44 @@ def additive_mask(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tenso
     return added.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else added + mask
 
 
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    """softmax(s Q K^T + M), (..., L, S); rows that attend to nothing are zero."""
+    scores = attention_scores(query, key, scale)
+    return torch.nan_to_num(torch.softmax(scores + additive_mask(scores, mask, is_causal), -1), 0.0)
+
+
+def attention_map_relevance(
+    c: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    share: float,
+) -> Tensor:
+    """share * P * (c V^T): the relevance of the attention map P, (..., L, S), its factor of O = P V given ``share``."""
+    weights = attention_weights(query, key, mask, is_causal, scale)
+    return share * weights * (c @ repeat_heads(value, query).transpose(-2, -1))
+
+
+def attention_mask_coefficient(
+    c: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    share: float,
+) -> Tensor:
+    """share * P * (c V^T - sum(P * c V^T)) at the shape of the additive mask M."""
+    weights = attention_weights(query, key, mask, is_causal, scale)
+    on_weights = c @ repeat_heads(value, query).transpose(-2, -1)
+    c_scores = weights * (on_weights - (weights * on_weights).sum(-1, keepdim=True))
+    return (share * c_scores).sum_to_size(mask.shape)
+
+
 def attention_backward(
     c: Tensor,
     query: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild_output
+from lrp_compiler.attention_sites import attention_sites
+from lrp_compiler.compiled import Compiler, ExplainedCall, live_value, output_names, rebuild_output
 from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.linearised import Linearised
 from lrp_compiler.passes.codegen import Executable
-from lrp_compiler.passes.errors import OptionValueError, OutputError, StaleTapeError
+from lrp_compiler.passes.errors import OptionValueError, OutputError, StaleTapeError, UnknownSiteError
 from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result, facts
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.rules.base import EdgeKind
@@ -113,6 +116,48 @@ class Tape:
         chosen = self._call.chosen_output(self._compiler.options.output)
         nothing = torch.zeros_like(self._outputs()[chosen])
         return self._at_sites(nothing, at, None, "activation", True)
+
+    def attention_maps(self, target: Target = None, *, output: str | None = None) -> dict[str, Tensor]:
+        """Relevance at every attention map, fused or not: path of its module -> (batch, heads, queries, keys).
+
+        A model that merges batch and heads gives (batch * heads, queries, keys). Raises SiteWithoutRelevanceError where
+        the composite holds maps constant, as CP-LRP does.
+        """
+        found = attention_sites(self.program)
+        nodes = tuple((site.map, site.reading) for site in found.values())
+        values = {result.site: value for result, value in self._ask(target, output, nodes)[0]}
+        return {label: values[site.map] for label, site in found.items()}
+
+    def heads(self, target: Target = None, *, output: str | None = None) -> dict[str, Tensor]:
+        """Relevance of every attention head, its features summed: path of its module -> (batch, heads, queries)."""
+        found = attention_sites(self.program)
+        nodes: tuple[tuple[str, Reading], ...] = tuple((site.output, "relevance") for site in found.values())
+        values = {result.site: value for result, value in self._ask(target, output, nodes)[0]}
+        return {label: values[site.output].sum(-1) for label, site in found.items()}
+
+    def parameters(self, target: Target = None, names: Names = None, *, output: str | None = None) -> dict[str, Tensor]:
+        """Relevance of weights and biases: parameter name -> tensor of its shape, summed over the batch and all uses.
+
+        ``names`` are parameter names or globs, None meaning all. A weight's relevance is the relevance of the values it
+        multiplies seen from the other side, not more of it, and costs a second product per layer. Raises
+        UnknownSiteError, and OptionValueError for a parameter under a rule that has none (of first layers, of folded
+        batch norm).
+        """
+        nodes = self._parameter_nodes()
+        distinct = [name for name, _ in self._model.named_parameters() if name in nodes]
+        wanted = distinct if names is None else _matching(nodes, names)
+        sites: tuple[tuple[str, Reading], ...] = tuple((node, "parameter") for name in wanted for node in nodes[name])
+        values = {result.site: value for result, value in self._ask(target, output, tuple(dict.fromkeys(sites)))[0]}
+        return {name: torch.stack([values[node] for node in nodes[name]]).sum(0) for name in wanted}
+
+    def _parameter_nodes(self) -> dict[str, tuple[str, ...]]:
+        """Every parameter name of the call -> its graph inputs; tied names have all of each other's."""
+        found: dict[int, list[str]] = {}
+        for spec in self.program.inputs:
+            if spec.kind is InputKind.PARAMETER:
+                found.setdefault(id(live_value(self._model, spec)), []).append(spec.node)
+        named = self._model.named_parameters(remove_duplicate=False)
+        return {name: tuple(found[id(value)]) for name, value in named if id(value) in found}
 
     def linearised(self, at: Names = None, *, output: str | None = None) -> Linearised:
         """The linear map from the values at ``at`` (as in ``relevance``) to one output: rows, columns, offset.
@@ -379,6 +424,18 @@ def _version(value: Any) -> int | None:
     if not isinstance(value, Tensor) or value.is_inference():
         return None
     return value._version
+
+
+def _matching(known: dict[str, tuple[str, ...]], names: str | list[str] | tuple[str, ...]) -> list[str]:
+    """The names that ``names`` (exact or glob) stand for; raises UnknownSiteError."""
+    found: dict[str, None] = {}
+    for name in [names] if isinstance(names, str) else names:
+        matches = fnmatch.filter(known, name)
+        if not matches:
+            close = difflib.get_close_matches(name, known, n=3)
+            raise UnknownSiteError(name=name, closest=f"Parameters alike: {', '.join(close) or ', '.join(known)}.")
+        found.update(dict.fromkeys(matches))
+    return list(found)
 
 
 def _gather(ref: SiteRef, values: dict[str, Tensor], kind: Reading, per_dimension: bool) -> Tensor:

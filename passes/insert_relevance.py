@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from lrp_compiler.passes.program import (
     tensor_of,
     value_of,
 )
+from lrp_compiler.passes.readings import nodes_from, parameter_edges, read_map
 from lrp_compiler.passes.rules.base import EdgeKind, Rule
 from lrp_compiler.passes.site import Site, output_of
 from lrp_compiler.passes.trace import Emitter
@@ -106,10 +108,13 @@ class _Inserter:
         self.masks: dict[str, fx.Node] = {}
         self.sources = {name for found in program.sources.values() for name in found}
         self.wanted: dict[str, list[Reading]] = {}
+        self.maps = {name for name, kind in request.sites if kind == "attention_map"}
+        self.parameters = [name for name, kind in request.sites if kind == "parameter"]
+        self.from_parameters = nodes_from(self.program, set(self.parameters))
         for name, kind in request.sites:
             if kind == "activation":
                 self.results.append((Result(kind, name), self.emitter.resolve(self.nodes[name])))
-            else:
+            elif kind in ("relevance", "coefficient"):
                 self.wanted.setdefault(name, []).append(kind)
 
     def run(self) -> Program:
@@ -122,6 +127,8 @@ class _Inserter:
         reached = {result.site for result, _ in self.results if result.kind != "activation"}
         for name in [name for name in self.wanted if name not in reached]:
             self.unreached(self.nodes[name])
+        for name in self.parameters:
+            self.results.append((Result("parameter", name), self.parameter_relevance(self.nodes[name])))
         kept = [self.nodes[leaf] for leaf in self.program.outputs if not isinstance(leaf, Constant)]
         kept += [self.nodes[mutation.value] for mutation in self.program.mutations]
         output = output_node(self.program.graph)
@@ -163,7 +170,9 @@ class _Inserter:
             self.pending[node] = [(self.emitter.call(aten.mul.Tensor, edge, mask), kind) for edge, kind in edges]
         if node.name in self.wanted:
             self.read_out(node)
-        if node.name in self.sources:
+        if node.name in self.sources or node in self.from_parameters:
+            if node.op == "call_function" and self.parameters:
+                self.pass_to_parameters(node)
             return
         rule = facts(node).rule
         if rule is None or not facts(node).flows:
@@ -174,6 +183,10 @@ class _Inserter:
             return
         site = Site(Operation(node, self.nodes), self.emitter)
         edge = self.incoming(node, rule.kind)
+        if node.name in self.maps:
+            self.results.append((Result("attention_map", node.name), read_map(site, rule, edge)))
+        for operand, part in parameter_edges(site, rule, edge, self.from_parameters).items():
+            self.add_edge(operand.node, part, "coefficient")
         made = rule.propagate(site, edge)
         self.check(site, rule, made)
         if self.request.ledger:
@@ -182,6 +195,24 @@ class _Inserter:
             self.enter_sinks(site, rule, edge, made)
         for operand, part in made.items():
             self.add_edge(operand.node, part, rule.kind)
+
+    def pass_to_parameters(self, node: fx.Node) -> None:
+        """Carry an edge on through values that are computed from parameters alone, or into an embedding's table."""
+        if node.target is operator.getitem:
+            self.tuples.setdefault(node.args[0], {}).setdefault(node.args[1], []).extend(self.pending[node])  # type: ignore[arg-type]
+            return
+        site = Site(Operation(node, self.nodes), self.emitter)
+        edge = self.incoming(node, "coefficient")
+        for operand, part in parameter_edges(site, None, edge, self.from_parameters).items():
+            self.add_edge(operand.node, part, "coefficient")
+
+    def parameter_relevance(self, node: fx.Node) -> fx.Node:
+        """W * c of a parameter; zeros where no op that the seeds reach reads it."""
+        if node not in self.pending:
+            return self.zeros(node)
+        self.emitter.stamp = Facts(part="relevance", origin=node.name)
+        edge = self.merged(node, self.pending[node], "coefficient")
+        return self.emitter(masked_product, edge, node)  # type: ignore[no-any-return]
 
     def incoming(self, node: fx.Node, kind: EdgeKind) -> Any:
         """The merged edge of a node; for a multi-output op a list with one per output."""
@@ -235,11 +266,14 @@ class _Inserter:
         """A source the seeded outputs do not depend on gets zeros; another site is refused."""
         if node.name not in self.sources:
             raise SiteWithoutRelevanceError(name=node.name, cause=self.why_unreached(node))
+        for kind in self.wanted[node.name]:
+            self.results.append((Result(kind, node.name), self.zeros(node)))
+
+    def zeros(self, node: fx.Node) -> fx.Node:
+        """Zeros of the shape of a node's value."""
         self.emitter.stamp = Facts(part="relevance", origin=node.name)
         fake = tensor_of(node)
-        for kind in self.wanted[node.name]:
-            zeros = self.emitter.call(aten.full.default, list(fake.shape), 0, dtype=fake.dtype, device=fake.device)
-            self.results.append((Result(kind, node.name), zeros))
+        return self.emitter.call(aten.full.default, list(fake.shape), 0, dtype=fake.dtype, device=fake.device)
 
     def why_unreached(self, node: fx.Node) -> str:
         for other in forward_nodes(self.program):

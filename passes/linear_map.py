@@ -51,6 +51,13 @@ class LinearMap:
         made: Tensor = product
         return made
 
+    def weight_transpose(self, operands: Any, x: Tensor, weight: Tensor, v: Tensor) -> Tensor:
+        """The transpose for the weight, x^T v summed over the batch, at the shape of ``weight``."""
+        _, pull, *_ = torch.func.vjp(lambda value: self(operands, x, value), weight)
+        (product,) = pull(v)
+        made: Tensor = product
+        return made
+
     def parts(self, operands: Any, fold: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """(x, weight, bias), the bias shaped to add to the output, batch normalisation ``fold`` put into both.
 

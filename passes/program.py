@@ -83,17 +83,18 @@ class Mutation:
     value: str
 
 
+Reading = Literal["relevance", "coefficient", "activation", "attention_map", "parameter"]
+"""What can be read at a node: its relevance, coefficient or value; of an attention op, relevance at its map; of a
+parameter, the relevance of what it contributes, summed over the batch and over all its uses."""
+
+
 @dataclass(frozen=True)
 class Result:
     """One value a relevance graph returns: what kind, of which site or op, and its place in the output."""
 
-    kind: Literal["relevance", "coefficient", "activation", "sink", "given", "taken"]
+    kind: Reading | Literal["sink", "given", "taken"]
     site: str
     detail: str = ""
-
-
-Reading = Literal["relevance", "coefficient", "activation"]
-"""What can be read at a site."""
 
 
 @dataclass(frozen=True)

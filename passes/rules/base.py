@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, fx
 
+from lrp_compiler.passes.errors import OptionValueError
 from lrp_compiler.passes.optable import OpClass, op_name
 from lrp_compiler.passes.program import module_path
 
@@ -53,6 +54,18 @@ class Rule:
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
         """Emit what leaves the graph here, by name, as tensors that sum to it."""
         return {}
+
+    def parameter_edges(self, site: Site, edge: Any, parameters: tuple[Operand, ...]) -> Edges:
+        """Emit the coefficients of operands that relevance does not flow to but that come from parameters.
+
+        They give the same relevance once more, from the other factor's side. Raises OptionValueError for none.
+        """
+        cause = f"the rule '{self}' of {site.op} has no relevance for parameters"
+        raise OptionValueError(name="parameters", value=[o.node.name for o in parameters], cause=cause)
+
+    def map_share(self, op: Operation) -> float:
+        """Of an attention op's relevance the part that reaches its map; the rest is the values'."""
+        return 0.0
 
     def __str__(self) -> str:
         return self.name

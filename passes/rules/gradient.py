@@ -25,6 +25,12 @@ class Gradient(Rule):
     def propagate(self, site: Site, edge: Any) -> Edges:
         return site.vjp(edge, self.receivers(site.op))
 
+    def parameter_edges(self, site: Site, edge: Any, parameters: tuple[Operand, ...]) -> Edges:
+        return site.vjp(edge, parameters)
+
+    def map_share(self, op: Operation) -> float:
+        return 1.0
+
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
         """c (f(x) - J x): a gradient does not conserve, and this is by how much."""
         if not edges:

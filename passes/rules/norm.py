@@ -31,6 +31,9 @@ class _OnInput(Rule):
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return tuple(operand for operand in op.flowing if operand.argument == 0)
 
+    def parameter_edges(self, site: Site, edge: Any, parameters: tuple[Operand, ...]) -> Edges:
+        return site.vjp(edge, parameters)
+
 
 @dataclass(frozen=True)
 class LayerNorm(_OnInput):

@@ -42,6 +42,9 @@ class Plain(Rule):
     def propagate(self, site: Site, edge: Any) -> Edges:
         return site.vjp(edge, self.receivers(site.op))
 
+    def parameter_edges(self, site: Site, edge: Any, parameters: tuple[Operand, ...]) -> Edges:
+        return site.vjp(edge, parameters)
+
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
         op = site.op
         if op.op_class in (OpClass.LINEAR, OpClass.BILINEAR):
@@ -96,6 +99,9 @@ class Epsilon(Plain):
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return site.vjp(self._ratio(site, edge), self.receivers(site.op))
+
+    def parameter_edges(self, site: Site, edge: Any, parameters: tuple[Operand, ...]) -> Edges:
+        return site.vjp(self._ratio(site, edge), parameters)
 
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
         leak = site.emit(epsilon_leak, edge, site.node, self.epsilon)

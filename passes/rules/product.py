@@ -22,6 +22,9 @@ class Uniform(Rule):
         factors = site.op.flowing_factors
         return {o: site.scale(made, 1 / len(factors)) if o in factors else made for o, made in edges.items()}
 
+    def parameter_edges(self, site: Site, edge: Any, parameters: tuple[Operand, ...]) -> Edges:
+        return site.vjp(edge, parameters)
+
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
         return bias_sink(site, edge)
 
@@ -37,3 +40,6 @@ class Numerator(Rule):
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return site.vjp(edge, self.receivers(site.op))
+
+    def parameter_edges(self, site: Site, edge: Any, parameters: tuple[Operand, ...]) -> Edges:
+        return site.vjp(edge, tuple(operand for operand in parameters if operand.argument == 0))

@@ -41,12 +41,30 @@ def split_transpose(
     return plain + torch.sign(x) * lin.transpose(operands, x, weight.abs(), v2)
 
 
+def split_on_weight(
+    method: Shares, parameters: tuple[float, ...], lin: LinearMap, operands: Any, c: Tensor, z: Tensor
+) -> Tensor:
+    """c_W = x^T v1 + sign(W) * |x|^T v2: the transposes of the other factor, summed over the batch."""
+    x, weight, _ = lin.parts(operands, [])
+    v1, v2, _, _ = split(method, parameters, lin, operands, [], c, z)
+    plain = lin.weight_transpose(operands, x, weight, v1)
+    return plain + torch.sign(weight) * lin.weight_transpose(operands, x.abs(), weight, v2)
+
+
 def split_remainder(
     method: Shares, parameters: tuple[float, ...], lin: LinearMap, operands: Any, fold: list[Any], c: Tensor, z: Tensor
 ) -> Tensor:
     """R - v1 z0 - v2 u: what bias and stabiliser take of each output's relevance."""
     v1, v2, z0, u = split(method, parameters, lin, operands, fold, c, z)
     return z * c - v1 * z0 - v2 * u
+
+
+def on_bias(left: Tensor, bias: Tensor, channel_dim: int) -> Tensor:
+    """c_b from the relevance left to the bias at every output: its sum per channel over b, nothing where b is zero."""
+    kept = channel_dim % left.dim()
+    others = [dim for dim in range(left.dim()) if dim != kept]
+    total = left.sum(others) if others else left
+    return torch.where(bias == 0, 0, total / torch.where(bias == 0, 1, bias))
 
 
 def one_sided(
@@ -92,6 +110,20 @@ class SignSplit(Rule):
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return {receiver: self._emit(site, edge, split_transpose, 0) for receiver in self.receivers(site.op)}
+
+    def parameter_edges(self, site: Site, edge: Any, parameters: tuple[Operand, ...]) -> Edges:
+        op = site.op
+        if op.is_folded:
+            return super().parameter_edges(site, edge, parameters)
+        values = (type(self).method, self.parameters, linear_map(op), [list(op.args), dict(op.kwargs)])
+        made: Edges = {}
+        for operand in parameters:
+            if op.entry is not None and operand.argument in op.entry.terms:
+                left = self._emit(site, edge, split_remainder, 1)
+                made[operand] = site.emit(on_bias, left, operand.node, 1 if "conv" in op.linear_name else -1)
+            else:
+                made[operand] = site.emit(split_on_weight, *values, edge, site.node, autograd=True)
+        return made
 
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
         return {"bias": self._emit(site, edge, split_remainder, 1)}
