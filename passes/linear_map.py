@@ -77,6 +77,14 @@ class LinearMap:
         return x, weight, bias.view(self.bias_shape) if bias.dim() else bias
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
+def in_full_precision(values: Any) -> Any:
+    """A tree of values with 16-bit tensors widened to float32."""
+    return pytree.tree_map_only(Tensor, lambda value: value.float() if value.dtype in HALF else value, values)
+
+
 def linear_map(op: Operation) -> LinearMap:
     """The linear map of an op with one flowing factor and one constant factor."""
     (x,) = op.flowing_factors

@@ -11,21 +11,38 @@ from torch import Tensor
 
 from lrp_compiler.kernels import signsplit
 from lrp_compiler.kernels.linear import stabilise
-from lrp_compiler.passes.linear_map import LinearMap, linear_map
+from lrp_compiler.passes.linear_map import LinearMap, in_full_precision, linear_map
 from lrp_compiler.passes.operation import Operand, Operation
+from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import facts
 from lrp_compiler.passes.rules.base import Edges, Rule, Sinks
+from lrp_compiler.passes.rules.elementwise import GuidedBackprop, Identity
+from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.site import Site
 
 Shares = Callable[..., tuple[Tensor, Tensor]]
+
+
+def exact_output(lin: LinearMap, operands: Any, fold: list[Any], z: Tensor) -> tuple[Tensor, Tensor]:
+    """(z, z0): the output as the model made it, or made anew in float32 where the model rounds it to 16 bits.
+
+    A part (u + z0) / 2 that is small against u is lost in a z0 of eight bits (RULES.md section 3).
+    """
+    x, weight, bias = lin.parts(operands, fold)
+    if z.dtype == x.dtype:
+        return z, z - bias
+    z0 = lin(operands, x, weight)
+    return z0 + bias, z0
 
 
 def split(
     method: Shares, parameters: tuple[float, ...], lin: LinearMap, operands: Any, fold: list[Any], c: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(v1, v2, z0, u) of a sign-split rule."""
+    operands, fold, c = in_full_precision((operands, fold, c))
     x, weight, bias = lin.parts(operands, fold)
-    z0, u = z - bias, lin(operands, x.abs(), weight.abs())
+    z, z0 = exact_output(lin, operands, fold, z)
+    u = lin(operands, x.abs(), weight.abs())
     leading = (z,) if method is signsplit.gamma else ()
     v1, v2 = method(z * c, *leading, z0, u, bias, *parameters)
     return v1, v2, z0, u
@@ -35,20 +52,22 @@ def split_transpose(
     method: Shares, parameters: tuple[float, ...], lin: LinearMap, operands: Any, fold: list[Any], c: Tensor, z: Tensor
 ) -> Tensor:
     """c_x = W^T v1 + sign(x) |W|^T v2."""
-    x, weight, _ = lin.parts(operands, fold)
     v1, v2, _, _ = split(method, parameters, lin, operands, fold, c, z)
+    operands, fold = in_full_precision((operands, fold))
+    x, weight, _ = lin.parts(operands, fold)
     plain = lin.transpose(operands, x, weight, v1)
-    return plain + torch.sign(x) * lin.transpose(operands, x, weight.abs(), v2)
+    return (plain + torch.sign(x) * lin.transpose(operands, x, weight.abs(), v2)).to(c.dtype)
 
 
 def split_on_weight(
     method: Shares, parameters: tuple[float, ...], lin: LinearMap, operands: Any, c: Tensor, z: Tensor
 ) -> Tensor:
     """c_W = x^T v1 + sign(W) * |x|^T v2: the transposes of the other factor, summed over the batch."""
-    x, weight, _ = lin.parts(operands, [])
     v1, v2, _, _ = split(method, parameters, lin, operands, [], c, z)
+    operands = in_full_precision(operands)
+    x, weight, _ = lin.parts(operands, [])
     plain = lin.weight_transpose(operands, x, weight, v1)
-    return plain + torch.sign(weight) * lin.weight_transpose(operands, x.abs(), weight, v2)
+    return (plain + torch.sign(weight) * lin.weight_transpose(operands, x.abs(), weight, v2)).to(c.dtype)
 
 
 def split_remainder(
@@ -56,7 +75,9 @@ def split_remainder(
 ) -> Tensor:
     """R - v1 z0 - v2 u: what bias and stabiliser take of each output's relevance."""
     v1, v2, z0, u = split(method, parameters, lin, operands, fold, c, z)
-    return z * c - v1 * z0 - v2 * u
+    operands, fold = in_full_precision((operands, fold))
+    full, _ = exact_output(lin, operands, fold, z)
+    return full * c - v1 * z0 - v2 * u
 
 
 def on_bias(left: Tensor, bias: Tensor, channel_dim: int) -> Tensor:
@@ -74,6 +95,8 @@ def one_sided(
 
     c_x = alpha W+^T (R / stab(W+ x + b+)) - beta W-^T (R / stab(W- x + b-)); ``weights`` is (alpha, -beta).
     """
+    dtype = c.dtype
+    operands, fold, c, z = in_full_precision((operands, fold, c, z))
     x, weight, bias = lin.parts(operands, fold)
     relevance = z * c
     given, left = torch.zeros_like(x), relevance
@@ -84,7 +107,36 @@ def one_sided(
             part = lin(operands, x, w)
             ratio = share * relevance / stabilise(part + b, epsilon)
             given, left = given + lin.transpose(operands, x, w, ratio), left - ratio * part
-    return given, left
+    return given.to(dtype), left
+
+
+def rectified_gamma(
+    gamma: float, lin: LinearMap, operands: Any, fold: list[Any], c: Tensor, z: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """(c_x, remainder) of gamma for x >= 0 in front of a ReLU, which sends nothing back where z <= 0.
+
+    c_x = (W + gamma W+)^T (R / stab(z + gamma (W+ x + b+))): one product forward, one back.
+    """
+    operands, fold, c = in_full_precision((operands, fold, c))
+    x, weight, bias = lin.parts(operands, fold)
+    dtype, (z, z0) = z.dtype, exact_output(lin, operands, fold, z)
+    favoured = weight.clamp(min=0)
+    raised = lin(operands, x, favoured)
+    relevance = z * c
+    share = torch.where(z > 0, relevance / stabilise(z + gamma * (raised + bias.clamp(min=0)), epsilon), 0)
+    given = lin.transpose(operands, x, weight + gamma * favoured, share)
+    return given.to(dtype), relevance - share * (z0 + gamma * raised)
+
+
+def feeds_masking_relu(op: Operation) -> bool:
+    """Whether an output is read by ReLUs alone whose rule sends nothing back where they are closed."""
+    readers = [user for user in op.node.users if user.op == "output" or facts(user).part == "forward"]
+    return bool(readers) and all(
+        user.op != "output"
+        and op_name(user) == "aten::relu"
+        and isinstance(facts(user).rule, (Identity, Gradient, GuidedBackprop))
+        for user in readers
+    )
 
 
 @dataclass(frozen=True)
@@ -100,9 +152,8 @@ class SignSplit(Rule):
         """What ``method`` takes after the values."""
         return (self.epsilon,)
 
-    @property
-    def sides(self) -> tuple[float, float] | None:
-        """The factors on the raising and the lowering parts where the two separate for x >= 0, else None."""
+    def non_negative_form(self, op: Operation) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any] | None:
+        """What needs fewer products when x >= 0, with its parameter; None where nothing does."""
         return None
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
@@ -129,12 +180,14 @@ class SignSplit(Rule):
         return {"bias": self._emit(site, edge, split_remainder, 1)}
 
     def _emit(self, site: Site, edge: Any, what: Callable[..., Tensor], which: int) -> Any:
-        """``what`` for signed inputs, or result ``which`` of the one-sided form for inputs that cannot be negative."""
+        """``what`` for signed inputs, or result ``which`` of the cheaper form for inputs that cannot be negative."""
         op = site.op
         (x,) = op.flowing_factors
         arguments = (linear_map(op), [list(op.args), dict(op.kwargs)], op.fold(), edge, site.node)
-        if self.sides is not None and facts(x.node).non_negative:
-            return site.emit(one_sided, self.sides, *arguments, self.epsilon, autograd=True)[which]
+        cheaper = self.non_negative_form(op) if facts(x.node).non_negative else None
+        if cheaper is not None:
+            form, parameter = cheaper
+            return site.emit(form, parameter, *arguments, self.epsilon, autograd=True)[which]
         return site.emit(what, type(self).method, self.parameters, *arguments, autograd=True)
 
 
@@ -145,9 +198,8 @@ class ZPlus(SignSplit):
     name: ClassVar[str] = "z_plus"
     method: ClassVar[Shares] = staticmethod(signsplit.z_plus)
 
-    @property
-    def sides(self) -> tuple[float, float]:
-        return (1.0, 0.0)
+    def non_negative_form(self, op: Operation) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any]:
+        return one_sided, (1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -167,9 +219,8 @@ class AlphaBeta(SignSplit):
     def parameters(self) -> tuple[float, ...]:
         return (self.alpha, self.beta, self.epsilon)
 
-    @property
-    def sides(self) -> tuple[float, float]:
-        return (self.alpha, -self.beta)
+    def non_negative_form(self, op: Operation) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any]:
+        return one_sided, (self.alpha, -self.beta)
 
     def __str__(self) -> str:
         return f"alpha_beta({self.alpha:g}, {self.beta:g})"
@@ -190,6 +241,9 @@ class Gamma(SignSplit):
     @property
     def parameters(self) -> tuple[float, ...]:
         return (self.gamma, self.epsilon)
+
+    def non_negative_form(self, op: Operation) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any] | None:
+        return (rectified_gamma, self.gamma) if feeds_masking_relu(op) else None
 
     def __str__(self) -> str:
         return f"gamma({self.gamma:g})"

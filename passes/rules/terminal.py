@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrp_compiler.kernels.linear import stabilise
 from lrp_compiler.passes.errors import OptionValueError
-from lrp_compiler.passes.linear_map import LinearMap, linear_map
+from lrp_compiler.passes.linear_map import LinearMap, in_full_precision, linear_map
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.program import tensor_of
 from lrp_compiler.passes.rules.base import EdgeKind, Edges, Rule, Sinks
@@ -60,12 +60,14 @@ def shares(
     name: str, terms_of: Callable[..., Terms], bounds: Any, lin: LinearMap, operands: Any, fold: list[Any], r: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(R_x, what is left of R): R_x = sum of input * W^T (R / stab(z)) over the rule's terms, z their sum."""
+    dtype = r.dtype
+    operands, fold, bounds, r = in_full_precision((operands, fold, bounds, r))
     x, weight, bias = lin.parts(operands, fold)
     terms = terms_of(x, weight, bounds)
     z = sum((sign * lin(operands, value, w) for value, w, sign in terms), torch.zeros((), dtype=x.dtype))
     ratio = r / stabilise(z + offset_of(name, bias), TERMINAL_EPSILON)
     given = sum((sign * value * lin.transpose(operands, value, w, ratio) for value, w, sign in terms), x.new_zeros(()))
-    return given, r - ratio * z
+    return given.to(dtype), r - ratio * z
 
 
 TERMINAL_EPSILON = 1e-6

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zoo
+from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrp_compiler import compile_for_lrp, composites, errors
 from lrp_compiler.rules import AlphaBeta, Gamma, OpClass, Rule, ZPlus, on
-from tests.helpers import zoo
-from tests.helpers.peers import relative_error
 
 FLOAT64 = 1e-10
 

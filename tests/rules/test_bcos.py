@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrp_compiler import compile_for_lrp
-from tests.helpers.peers import relative_error
 
 FLOAT64 = 1e-10
 

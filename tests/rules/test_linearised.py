@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import zoo
+from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrp_compiler import compile_for_lrp, composites, errors
 from lrp_compiler.kernels.offset_gates import OFFSET_GATES
-from tests.helpers import zoo
-from tests.helpers.peers import relative_error
 
 FLOAT64 = 1e-10
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrp_compiler import compile_for_lrp, composites, errors, fit_patterns
-from tests.helpers.peers import relative_error
 
 FLOAT64 = 1e-10
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zoo
+from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrp_compiler import compile_for_lrp, positional_relevance
-from tests.helpers import zoo
-from tests.helpers.peers import relative_error
 
 FLOAT64 = 1e-10
 HEADS, WIDTH, TOKENS = 2, 4, 5

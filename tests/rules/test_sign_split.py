@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -205,3 +207,98 @@ def test_factors_of_addmm_count(rule: Rule) -> None:
 def test_the_ledger_of_a_scaled_addmm_closes(name: str) -> None:
     _, tape = compile_for_lrp(ScaledAddmm().double(), name).run(torch.randn(3, 4).double())
     tape.ledger(1).check()
+
+
+def products(explained: Any, x: Tensor) -> int:
+    """How many products of the layer's size the relevance pass makes, forward ones among them."""
+    (stage,) = [stage for stage in explained.stages(x) if stage.name == "partition"]
+    graph = stage.program.relevance_graph
+    wanted = ("linear", "matmul", "mm", "addmm", "convolution", "conv2d", "convolution_backward")
+    return sum(str(node.target).split(".")[1] in wanted for node in graph.nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize(
+    ("rule", "positive", "rectified", "count"),
+    [
+        (Gamma(), True, True, 2),
+        (Gamma(), True, False, 3),
+        (Gamma(), False, True, 3),
+        (ZPlus(), True, False, 2),
+        (ZPlus(), False, False, 3),
+        (AlphaBeta(), True, False, 4),
+        (AlphaBeta(), False, False, 3),
+    ],
+    ids=str,
+)
+def test_products_are_as_few_as_signs_allow(rule: Rule, positive: bool, rectified: bool, count: int) -> None:
+    """Forward plus backward: 1 + 1 where x >= 0 (gamma: and a ReLU follows), 1 + 2 for any signs; right either way."""
+    layer, x, seed = linear_case(positive, 4, 6, 5)
+    model: nn.Module = nn.Sequential(Rectified(layer) if positive else layer, nn.ReLU() if rectified else nn.Identity())
+    explained = compile_for_lrp(model, everywhere(rule))
+    assert products(explained, x) == count
+    found = explained.run(x)[1].relevance(seed, at="relu" if positive else "input")
+    masked = seed * (layer(x) > 0) if rectified else seed
+    assert relative_error(found, restated(rule, layer, x, masked)) <= FLOAT64
+    explained.run(x)[1].ledger(seed).check()
+
+
+def test_an_output_that_is_read_elsewhere_keeps_both_signs() -> None:
+    """A skip around the ReLU brings relevance to negative outputs too."""
+
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.layer(F.relu(x))
+            return F.relu(z) + 0.5 * z
+
+    model, x = Skip().double(), torch.randn(3, 6, dtype=torch.float64).abs()
+    seed = torch.randn(3, 5, dtype=torch.float64)
+    found = compile_for_lrp(model, everywhere(Gamma())).run(x)[1].relevance(seed, at="relu")
+    both = seed * ((model.layer(x) > 0) + 0.5)
+    assert relative_error(found, restated(Gamma(), model.layer, x, both)) <= FLOAT64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", [*RULES, *TERMINALS], ids=str)
+def test_sixteen_bit_models_lose_no_more_than_rounding(rule: Rule, dtype: torch.dtype) -> None:
+    """Raising parts a hundredth of the lowering ones: a stored z or u of 16 bits would leave nothing of them."""
+    layer = nn.Linear(64, 8).to(dtype)
+    with torch.no_grad():
+        layer.weight[:, :56] = -layer.weight[:, :56].abs()
+        layer.weight[:, 56:] = layer.weight[:, 56:].abs() / 8
+    x, seed = torch.rand(4, 64).to(dtype), torch.randn(4, 8).to(dtype)
+    found = compile_for_lrp(layer, everywhere(rule)).run(x)[1].relevance(seed)
+    exact = restated(rule, layer.double(), x.double(), seed.double())
+    assert found.dtype == dtype
+    # The result, the output's relevance z c and the product of x and c are rounded once each.
+    assert relative_error(found.double(), exact) <= 3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("rule", [*RULES, *TERMINALS], ids=str)
+@pytest.mark.parametrize("op", ["mm", "matmul", "bmm", "addmm"])
+def test_products_with_a_constant_are_linear_layers(op: str, rule: Rule) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 6, 5) if op == "bmm" else torch.randn(6, 5))
+            self.bias = nn.Parameter(torch.randn(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight) if op == "addmm" else getattr(torch, op)(x, self.weight)
+
+    model = Product().double()
+    x = torch.randn((2, 3, 6) if op == "bmm" else (3, 6), dtype=torch.float64)
+    seed = torch.randn((2, 3, 5) if op == "bmm" else (3, 5), dtype=torch.float64)
+    found = compile_for_lrp(model, everywhere(rule)).run(x)[1].relevance(seed)
+    layers = [nn.Linear(6, 5).double() for _ in range(2)]
+    for number, layer in enumerate(layers):
+        layer.weight.data = (model.weight[number] if op == "bmm" else model.weight).detach().T
+        layer.bias.data = model.bias.detach() if op == "addmm" else torch.zeros(5, dtype=torch.float64)
+    if op == "bmm":
+        expected = torch.stack([restated(rule, layer, *pair) for layer, *pair in zip(layers, x, seed, strict=True)])
+    else:
+        expected = restated(rule, layers[0], x, seed)
+    assert relative_error(found, expected) <= FLOAT64
