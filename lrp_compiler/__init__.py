@@ -5,7 +5,7 @@ from lrp_compiler.api import compile_for_lrp
 from lrp_compiler.ledger import Ledger
 from lrp_compiler.module import LRPModule
 from lrp_compiler.passes.rules.base import Composite
-from lrp_compiler.patching import patch_effects, true_patch_effects
+from lrp_compiler.patching import patch_edge_effects, patch_effects, true_patch_effects
 from lrp_compiler.patterns import fit_patterns
 from lrp_compiler.positions import positional_relevance
 from lrp_compiler.registry import register_rule
@@ -25,6 +25,7 @@ __all__ = [
     "composites",
     "errors",
     "fit_patterns",
+    "patch_edge_effects",
     "patch_effects",
     "positional_relevance",
     "register_rule",

@@ -7,6 +7,7 @@ Activation patching runs the model once per patched site: AP = M(run with a_n :=
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lrp_compiler.module import LRPModule
-from lrp_compiler.passes.errors import OptionValueError
+from lrp_compiler.passes.errors import OptionValueError, SiteWithoutRelevanceError
 from lrp_compiler.seeds import Target
 from lrp_compiler.tape import Tape
 
@@ -45,12 +46,47 @@ def patch_effects(
     run_original, run_patch = _tape(explained, original, sites), _tape(explained, patch, sites)
     coefficients = run_original.coefficients(metric, at=sites)
     before, after = run_original.activations(sites), run_patch.activations(sites)
-    effects = {site: (after[site] - before[site]) * c for site, c in coefficients.items()}
+    return {site: _effect(after[site] - before[site], c, reduce) for site, c in coefficients.items()}
+
+
+def patch_edge_effects(
+    explained: LRPModule,
+    clean: Inputs,
+    corrupted: Inputs,
+    metric: Target,
+    upstream: list[str],
+    downstream: list[str],
+    *,
+    direction: Direction = "denoise",
+    reduce: Reduction = "last",
+) -> dict[tuple[str, str], Tensor]:
+    """First-order effect of patching each edge u -> v: what u's new value does to the metric by way of v alone.
+
+    (a_u' - a_u) times the coefficient that v, with its own coefficient for the metric, sends back to u on paths past no
+    other site of ``downstream``. Pairs without such a path are left out. Arguments and results as in ``patch_effects``;
+    the work is one relevance pass per downstream site, each compiled at its first use.
+    """
+    original, patch = _ordered(clean, corrupted, direction)
+    sites = list(dict.fromkeys([*upstream, *downstream]))
+    run_original, run_patch = _tape(explained, original, sites), _tape(explained, patch, sites)
+    coefficients = run_original.coefficients(metric, at=downstream)
+    before, after = run_original.activations(upstream), run_patch.activations(upstream)
+    effects = {}
+    for v, start in coefficients.items():
+        others = tuple(other for other in coefficients if other != v)
+        for u in (u for u in before if u != v):
+            with contextlib.suppress(SiteWithoutRelevanceError):
+                c = run_original.coefficients_from({v: start}, u, blocked=tuple(o for o in others if o != u))
+                effects[u, v] = _effect(after[u] - before[u], c, reduce)
+    return effects
+
+
+def _effect(difference: Tensor, c: Tensor, reduce: Reduction) -> Tensor:
+    """The product, summed over hidden units in float32 or wider if asked."""
+    product = difference * c
     if reduce == "none":
-        return effects
-    return {
-        site: effect.sum(-1, dtype=torch.promote_types(effect.dtype, torch.float32)) for site, effect in effects.items()
-    }
+        return product
+    return product.sum(-1, dtype=torch.promote_types(product.dtype, torch.float32))
 
 
 def true_patch_effects(

@@ -111,6 +111,25 @@ class Tape:
             raise OptionValueError(name="reference", value=True, cause="a relevance-space pass has no coefficients")
         return self._at_sites(target, at, output, "coefficient", True)
 
+    def coefficients_from(self, starts: dict[str, Tensor], at: Names, *, blocked: tuple[str, ...] = ()) -> Any:
+        """The coefficients that seeds at inner sites send to earlier ones, past none of the sites ``blocked``.
+
+        ``starts`` maps sites to coefficients of their shape; result as in ``coefficients``. Raises
+        SiteWithoutRelevanceError for a site that no path leads back to.
+        """
+        seeds = {node: value for name, value in starts.items() for node in self._nodes_at([name])}
+        refs = resolve_sites(self.program, self._names_of(at))
+        nodes: tuple[tuple[str, Reading], ...] = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
+        request = Request((), nodes, starts=tuple(seeds), blocked=self._nodes_at(list(blocked)))
+        self._check_fresh()
+        executable = self._compiler.emitted(self._call, request)[1]
+        values = {result.site: value for result, value in self._run(executable, dict(enumerate(seeds.values())), {})}
+        found = {ref.label: _gather(ref, values, "coefficient", True) for ref in refs}
+        return next(iter(found.values())) if isinstance(at, str) and not is_glob(at) else found
+
+    def _nodes_at(self, names: list[str]) -> tuple[str, ...]:
+        return tuple(node for ref in resolve_sites(self.program, names) for node in ref.nodes)
+
     def activations(self, at: Names = None) -> Any:
         """The forward values at sites; result as in ``relevance``, token inputs giving their embeddings."""
         chosen = self._call.chosen_output(self._compiler.options.output)

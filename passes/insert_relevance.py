@@ -139,21 +139,23 @@ class _Inserter:
         )
 
     def plant_seeds(self) -> None:
-        last = [node for node in self.program.graph.nodes if node.op == "placeholder"][-1]
+        """Make the placeholders of seeds and masks, behind the graph's own."""
         for index in self.request.outputs:
             leaf = self.program.outputs[index]
             assert isinstance(leaf, str)
-            node = self.nodes[leaf]
-            with self.program.graph.inserting_after(last):
-                seed = self.program.graph.placeholder(f"seed_{index}")
-            seed.meta = {"val": tensor_of(node), FACTS: Facts(part="seed", origin=leaf)}
-            self.add_edge(node, seed, "coefficient")
-            last = seed
+            self.add_edge(self.nodes[leaf], self.seed_like(f"seed_{index}", leaf), "coefficient")
+        for name in self.request.starts:
+            self.add_edge(self.nodes[name], self.seed_like(f"start_{name}", name), "coefficient")
         for name in self.request.through:
-            with self.program.graph.inserting_after(last):
-                last = self.program.graph.placeholder(f"mask_{name}")
-            last.meta = {"val": tensor_of(self.nodes[name]), FACTS: Facts(part="seed", origin=name)}
-            self.masks[name] = last
+            self.masks[name] = self.seed_like(f"mask_{name}", name)
+
+    def seed_like(self, name: str, node: str) -> fx.Node:
+        """A new last placeholder in the shape of a node's value."""
+        last = [found for found in self.program.graph.nodes if found.op == "placeholder"][-1]
+        with self.program.graph.inserting_after(last):
+            made = self.program.graph.placeholder(name)
+        made.meta = {"val": tensor_of(self.nodes[node]), FACTS: Facts(part="seed", origin=node)}
+        return made
 
     def add_edge(self, node: fx.Node, edge: fx.Node, kind: EdgeKind) -> None:
         self.pending.setdefault(node, []).append((edge, kind))
@@ -170,6 +172,8 @@ class _Inserter:
             self.pending[node] = [(self.emitter.call(aten.mul.Tensor, edge, mask), kind) for edge, kind in edges]
         if node.name in self.wanted:
             self.read_out(node)
+        if node.name in self.request.blocked:
+            return
         if node.name in self.sources or node in self.from_parameters:
             if node.op == "call_function" and self.parameters:
                 self.pass_to_parameters(node)

@@ -103,7 +103,8 @@ class Request:
 
     ``outputs`` are indices of output leaves; ``sites`` are pairs (node name, result kind). With ``sinks`` every
     sink becomes a result, with ``ledger`` also what each op is given and passes on. Edges at the nodes named in
-    ``through`` are multiplied by masks, which follow the seeds among the relevance graph's arguments.
+    ``through`` are multiplied by masks, which follow the seeds among the relevance graph's arguments. ``starts`` names
+    further nodes that get seeds, after the outputs'; nothing passes the nodes named in ``blocked``.
     """
 
     outputs: tuple[int, ...]
@@ -111,6 +112,8 @@ class Request:
     sinks: bool = False
     ledger: bool = False
     through: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ()
+    blocked: tuple[str, ...] = ()
 
 
 BufferKind = Literal["free", "view", "saved"]

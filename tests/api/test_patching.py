@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrp_compiler import compile_for_lrp, errors, patch_effects, true_patch_effects
+from lrp_compiler import compile_for_lrp, errors, patch_edge_effects, patch_effects, true_patch_effects
 
 VOCABULARY, LENGTH, WIDTH, HEADS = 12, 6, 32, 4
 
@@ -121,6 +121,50 @@ def test_patching_a_linear_model_is_exact() -> None:
         torch.testing.assert_close(effects, true)
         full = patch_effects(explained, clean, corrupted, 1, ["inner"], direction=direction, reduce="none")
         torch.testing.assert_close(full["inner"].sum(-1), effects["inner"])
+
+
+class Residual(nn.Module):
+    """Three branches that read and write one stream, all linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(x)
+        x = x + self.b(x)
+        x = x + self.c(x)
+        return self.head(x)
+
+
+def test_edges_are_paths_through_one_site() -> None:
+    """In a linear stream: a reaches the output by b, by c and by itself; b's edge holds what b sends on through c."""
+    model = Residual().double()
+    clean, corrupted = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    explained = compile_for_lrp(model, "relp")
+    found = patch_edge_effects(explained, clean, corrupted, (0, 1), ["a", "b"], ["b", "c"], reduce="none")
+    assert set(found) == {("a", "b"), ("a", "c"), ("b", "c")}
+    b, c = model.b.weight.detach(), model.c.weight.detach()
+    start = torch.zeros(3, 5, 4, dtype=torch.float64)
+    start[:, 0] = model.head.weight.detach()[1]
+    at_b = start + start @ c
+    change = (clean - corrupted) @ model.a.weight.detach().T
+    torch.testing.assert_close(found["a", "b"], change * (at_b @ b))
+    torch.testing.assert_close(found["a", "c"], change * (start @ c))
+    change_b = (clean - corrupted + change) @ b.T
+    torch.testing.assert_close(found["b", "c"], change_b * (start @ c))
+    nodes = patch_effects(explained, clean, corrupted, (0, 1), ["a"], reduce="none")["a"]
+    torch.testing.assert_close(found["a", "b"] + found["a", "c"] + change * start, nodes)
+
+
+def test_edges_of_a_transformer() -> None:
+    """Every later site has an edge from every earlier one, and none the other way."""
+    model = trained()
+    clean, corrupted = pair(4)
+    found = patch_edge_effects(compile_for_lrp(model, "relp"), clean, corrupted, 3, SITES, SITES)
+    assert set(found) == {(u, v) for i, u in enumerate(SITES) for v in SITES[i + 1 :]}
+    assert all(effect.shape == (4, LENGTH) and effect.isfinite().all() for effect in found.values())
 
 
 def test_an_unknown_direction_is_refused() -> None:
