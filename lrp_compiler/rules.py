@@ -14,6 +14,7 @@ from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, SoftmaxGradient
 from lrp_compiler.passes.rules.plain import Epsilon, Plain, Stop
 from lrp_compiler.passes.rules.product import Numerator, Uniform
+from lrp_compiler.passes.rules.recurrent import Recurrent
 from lrp_compiler.passes.rules.signsplit import AlphaBeta, Gamma, ZPlus
 from lrp_compiler.passes.rules.terminal import Flat, WSquare, ZBox
 
@@ -37,6 +38,7 @@ __all__ = [
     "OpClass",
     "Plain",
     "RMSNorm",
+    "Recurrent",
     "Rule",
     "SoftmaxGradient",
     "Stop",
