@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from lrp_compiler.kernels import gates
 
@@ -226,6 +227,10 @@ class Stack:
         return (c_x.flip(-3) if direction == 1 else c_x, *ends, bias)
 
 
+COEFFICIENTS = (6, 7, 8)
+"""Which arguments of the op are coefficients."""
+
+
 @torch.library.custom_op("lrp::recurrent_pullback", mutates_args=())
 def recurrent_pullback(
     kind: str,
@@ -288,9 +293,11 @@ def _fake(
 def _mapped(info: Any, in_dims: Any, *args: Any) -> tuple[list[Tensor], list[int]]:
     """Mapped coefficients get one more dimension in front: gates are computed once for all of them."""
     mapped = list(args)
-    for position in (6, 7, 8):
-        c, dim = args[position], in_dims[position]
-        if c is not None:
-            mapped[position] = c.expand(info.batch_size, *c.shape) if dim is None else c.movedim(dim, 0)
+    for position, (argument, dim) in enumerate(zip(args, in_dims, strict=True)):
+        if position in COEFFICIENTS and argument is not None:
+            spread = argument.expand(info.batch_size, *argument.shape)
+            mapped[position] = spread if dim is None else argument.movedim(dim, 0)
+        else:
+            assert all(one is None for one in pytree.tree_leaves(dim)), "seeds are mapped, forward values are not"
     results = recurrent_pullback(*mapped)
     return results, [0] * len(results)

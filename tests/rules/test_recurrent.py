@@ -329,6 +329,26 @@ def test_several_targets_share_one_pass(kind: str, composite: str) -> None:
         close(ours, (expected * x if composite == "attnlrp" else expected).detach())
 
 
+def test_mapping_the_op_shares_what_is_not_mapped() -> None:
+    """vmap over one coefficient along any dimension, the other the same for all."""
+    module = nn.LSTM(3, 4).double()
+    x = torch.randn(5, 2, 3).double().requires_grad_()
+    states = start(module, x)
+    again = frozen("lstm", module, x, states)
+    params = [parameter.detach() for parameter in module.parameters()]
+    many, shared = torch.randn(5, 3, 2, 4).double(), torch.randn(1, 2, 4).double()
+
+    def pulled(c: Tensor) -> Tensor:
+        values = (x.detach(), again[0].detach(), states, params)
+        return recurrent_pullback("lstm", False, *values, c, shared, None, 1, False, False)[0]
+
+    found = torch.vmap(pulled, in_dims=1)(many)
+    for index, ours in enumerate(found):
+        outputs, seeds = (again[0], again[1][0]), (many[:, index], shared)
+        (expected,) = torch.autograd.grad(outputs, x, seeds, retain_graph=True)
+        close(ours, expected)
+
+
 class Classifier(nn.Module):
     """Tokens, embedding, a recurrent module, and a linear head on its last states."""
 
