@@ -452,3 +452,20 @@ def test_dropout_between_layers_is_refused_in_training_only() -> None:
     explained(*case.args)
     with pytest.raises(errors.RecurrentError, match=r"dropout of 0\.2 between layers"):
         explained.attribute(*case.args, case.target)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_of_parameters_stay_bitwise(kind: str, training: bool) -> None:
+    module = KINDS[kind](3, 4, 2, bidirectional=True, dropout=0.3).train(training)
+    x = torch.randn(5, 2, 3)
+    results = []
+    for called in (module, compile_for_lrp(module)):
+        torch.manual_seed(3)
+        module.zero_grad()
+        output, last = called(x)
+        values = [output, *(last if isinstance(last, tuple) else (last,))]
+        sum(value.square().sum() for value in values).backward()
+        results.append([*(value.detach() for value in values), *(p.grad.clone() for p in module.parameters())])
+    assert len(results[0]) == len(results[1])
+    assert all(torch.equal(eager, ours) for eager, ours in zip(*results, strict=True))
