@@ -31,6 +31,7 @@ from lrp_compiler.passes.rules.plain import Epsilon, Plain, Stop
 from lrp_compiler.passes.rules.position import PositionAdd, RotaryHalf, adds_position, is_rotary
 from lrp_compiler.passes.rules.product import Numerator, Uniform
 from lrp_compiler.passes.rules.pullback import SoftMaxPool
+from lrp_compiler.passes.rules.recurrent import Recurrent
 from lrp_compiler.passes.rules.signsplit import AlphaBeta, Gamma, ZPlus
 from lrp_compiler.passes.rules.terminal import Bound, Flat, ZBox
 
@@ -51,6 +52,7 @@ BASE: Lines = (
     (on(OpClass.BATCH_NORM), BatchNorm()),
     (on(OpClass.SOFTMAX), SoftmaxGradient()),
     (on(OpClass.ATTENTION), Attention()),
+    (on(OpClass.RECURRENT), Recurrent()),
 )
 
 

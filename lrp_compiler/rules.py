@@ -17,6 +17,7 @@ from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, Softma
 from lrp_compiler.passes.rules.pattern import OnRelevance, PatternAttribution, PatternNet
 from lrp_compiler.passes.rules.plain import Epsilon, Plain, Stop
 from lrp_compiler.passes.rules.product import Numerator, Uniform
+from lrp_compiler.passes.rules.recurrent import Recurrent
 from lrp_compiler.passes.rules.signsplit import AlphaBeta, Gamma, ZPlus
 from lrp_compiler.passes.rules.terminal import Flat, WSquare, ZBox
 
@@ -44,6 +45,7 @@ __all__ = [
     "PatternNet",
     "Plain",
     "RMSNorm",
+    "Recurrent",
     "Rule",
     "SoftmaxGradient",
     "Stop",

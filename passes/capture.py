@@ -15,7 +15,7 @@ from torch.export.graph_signature import ConstantArgument
 from torch.export.graph_signature import InputKind as ExportKind
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.passes.errors import CaptureError, user_source_of_trace
+from lrp_compiler.passes.errors import CaptureError, RecurrentError, user_source_of_trace
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, learn
 
 KINDS = {
@@ -29,13 +29,21 @@ KINDS = {
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """Trace one call of ``model`` with torch.export (non-strict, training IR).
 
-    Raises CaptureError, with the user's source line, when the call cannot be traced.
+    Raises CaptureError, with the user's source line, when the call cannot be traced, RecurrentError when that is
+    because of a packed sequence.
     """
     args, kwargs = _distinct(args, kwargs)
     with _quiet(), _without_kv_cache(model), _without_attention_fastpath():
         try:
             exported = torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:
+            if (module := _reader_of_packed_sequence(error)) is not None:
+                raise RecurrentError(
+                    op=module,
+                    cause="the sizes of a packed sequence depend on its values",
+                    remedy="Pass samples one by one, or padded batches to modules that read forward only.",
+                    source=_blame(error),
+                ) from error
             cause = str(error).strip().splitlines() or [type(error).__name__]
             raise CaptureError(
                 model=type(model).__name__, cause=f"{type(error).__name__}: {cause[0]}", source=_blame(error)
@@ -105,6 +113,17 @@ def _blame(error: BaseException) -> str | None:
         trace = trace.tb_next
     inside = [frame for frame in frames if "/torch/" not in frame and "lrp_compiler/passes/" not in frame]
     return _with_code(user_source_of_trace("\n".join(inside))) if inside else None
+
+
+def _reader_of_packed_sequence(error: BaseException) -> str | None:
+    """The recurrent module that failed to trace on a packed sequence, if that is what failed."""
+    trace = error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.RNNBase) and trace.tb_frame.f_locals.get("batch_sizes") is not None:
+            return type(module).__name__
+        trace = trace.tb_next
+    return None
 
 
 def _with_code(place: str | None) -> str | None:

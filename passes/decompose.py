@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from lrp_compiler.passes.canonicalise import REWRITES
-from lrp_compiler.passes.optable import RECURRENT, classify, op_name
+from lrp_compiler.passes.optable import classify, op_name
 from lrp_compiler.passes.program import Program
 from lrp_compiler.passes.rewriter import Replacement, Rewriter
 
@@ -30,7 +30,7 @@ def _is_opaque(node: fx.Node, kept: frozenset[str]) -> bool:
     schema = node.target._schema
     name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
-    known = classify(node) is not None or op_name(node) in REWRITES or op_name(node) in RECURRENT
+    known = classify(node) is not None or op_name(node) in REWRITES
     return composite and not known and op_name(node) not in kept
 
 

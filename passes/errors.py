@@ -166,6 +166,12 @@ class PatternError(LRPError):
     )
 
 
+class RecurrentError(LRPError):
+    id = "LRP021"
+    template = "{op} cannot be explained: {cause}"
+    hint = "{remedy}"
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")

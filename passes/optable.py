@@ -31,6 +31,7 @@ class OpClass(enum.Enum):
     SOFTMAX = "softmax"
     ATTENTION = "attention"
     POWER = "power"
+    RECURRENT = "recurrent"
     TUPLE = "tuple"
     NON_RELEVANCE = "non_relevance"
 
@@ -89,6 +90,7 @@ OP_TABLE: dict[str, OpEntry] = {
     **_entries(OpClass.NONLINEAR, "sigmoid softplus exp log cos cosh log_sigmoid hardsigmoid"),
     **_entries(OpClass.STATISTIC, "rsqrt sqrt reciprocal var std norm linalg_vector_norm"),
     **_entries(OpClass.POWER, "pow square"),
+    **_entries(OpClass.RECURRENT, "lstm gru rnn_tanh rnn_relu"),
     **_entries(
         OpClass.MOVEMENT,
         "view reshape _unsafe_view transpose permute t numpy_T mT squeeze unsqueeze flatten unflatten as_strided"
@@ -121,9 +123,6 @@ OP_TABLE: dict[str, OpEntry] = {
         " empty_strided new_empty_strided fill bernoulli_ is_nonzero lift_fresh_copy triu_indices tril_indices",
     ),
 }
-
-RECURRENT = frozenset({"aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"})
-"""Ops without a rule that are kept whole: torch opens them into kernels whose derivative cannot be traced."""
 
 TARGET_NAMES = {operator.getitem: "builtin::getitem"}
 

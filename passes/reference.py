@@ -21,6 +21,7 @@ from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Program, facts, forward_nodes, is_float
 from lrp_compiler.passes.reference_linear import LINEAR_FORMULAS
+from lrp_compiler.passes.reference_recurrent import recurrent
 from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
 from lrp_compiler.passes.rules.base import Rule
 from lrp_compiler.passes.rules.elementwise import Identity, IdentityRelevance
@@ -28,6 +29,7 @@ from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, SoftmaxGradient
 from lrp_compiler.passes.rules.plain import Epsilon, Plain
 from lrp_compiler.passes.rules.product import Numerator, Uniform
+from lrp_compiler.passes.rules.recurrent import Recurrent
 
 Relevances = dict[Operand, Tensor]
 
@@ -295,6 +297,7 @@ FORMULAS: dict[type[Rule], Callable[[Rule, Operation, list[Tensor], dict[fx.Node
     Attention: _attention,
     AttentionValueOnly: _attention,
     Gradient: _gradient,
+    Recurrent: recurrent,
     **LINEAR_FORMULAS,
 }
 """Rule -> its formula in relevance space."""

@@ -11,7 +11,7 @@ from torch import fx
 
 from lrp_compiler.passes.errors import DerivativeError, user_source
 from lrp_compiler.passes.operation import Operand, Operation
-from lrp_compiler.passes.optable import RECURRENT, op_name
+from lrp_compiler.passes.optable import OpClass
 from lrp_compiler.passes.program import FACTS, Facts, facts, is_float, value_of
 from lrp_compiler.passes.rule_tensors import tensor_name
 from lrp_compiler.passes.rules.base import Edges
@@ -62,8 +62,9 @@ class Site:
 
     def traced_pullback(self, arguments: tuple[Any, ...]) -> list[fx.Node]:
         """Emit torch's own derivative of this op; raises DerivativeError when it cannot be traced."""
-        if op_name(self.node) in RECURRENT:
-            raise DerivativeError(op=str(self.op), cause="its kernel hides it", source=user_source(self.node))
+        if self.op.op_class is OpClass.RECURRENT:
+            cause = "its kernel hides that of its weights"
+            raise DerivativeError(op=str(self.op), cause=cause, source=user_source(self.node))
         try:
             made: list[fx.Node] = self.emit(pullback, *arguments, autograd=True, rewire=True)
         except (RuntimeError, NotImplementedError, TypeError) as error:

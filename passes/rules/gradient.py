@@ -10,6 +10,7 @@ from lrp_compiler.passes.optable import OpClass
 from lrp_compiler.passes.rules.attention import KEY, QUERY, VALUE, sinks_with_shares
 from lrp_compiler.passes.rules.base import Edges, Rule, Sinks
 from lrp_compiler.passes.rules.norm import BatchNorm, softmax_sink
+from lrp_compiler.passes.rules.recurrent import recurrent_sinks
 from lrp_compiler.passes.site import Site
 
 
@@ -38,6 +39,8 @@ class Gradient(Rule):
         if site.op.op_class is OpClass.ATTENTION:
             present = {operand.argument for operand in edges}
             return sinks_with_shares(site, edge, {side: 1.0 for side in (QUERY, KEY, VALUE) if side in present})
+        if site.op.op_class is OpClass.RECURRENT:
+            return recurrent_sinks(site, edge, edges)
         if site.op.op_class is OpClass.SOFTMAX:
             return softmax_sink(site, edge)
         if site.op.op_class is OpClass.BATCH_NORM and not site.op.args[5]:

@@ -68,16 +68,27 @@ def twice() -> None:
         REGISTRY.remove(torch.ops.aten.sinc)
 
 
-def recurrent() -> Any:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cell = nn.LSTM(3, 4, batch_first=True)
+class Hypernetwork(nn.Module):
+    """A GRU whose weights are computed from its input."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.cell(x)[0].sum((1, 2))
+    def forward(self, x: Tensor) -> Tensor:
+        weights = [x.mean((0, 1)).expand(6, 3), x.mean((0, 1))[:2].expand(6, 2)]
+        return torch.gru(x, x.new_zeros(1, 2, 2), weights, False, 1, 0.0, False, False, True)[0].sum((1, 2))
 
-    return compile_for_lrp(Recurrent(), "gradient").attribute(torch.ones(2, 5, 3))
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]), batch_first=True)
+        return self.cell(packed)[1][0][0]
+
+
+def dropping() -> Any:
+    model = nn.Sequential(nn.LSTM(3, 4, 2, dropout=0.5))
+    return compile_for_lrp(model).run(torch.ones(5, 2, 3))[1].relevance(lambda out: out[0].sum((0, 2)))
 
 
 def leaky(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
@@ -162,7 +173,14 @@ CASES: list[tuple[str, Callable[[], Any], type[LRPError], list[str]]] = [
         ["misshapen", "(4,)", "(2, 4)"],
     ),
     ("count of a rule", lambda: relu_with(lambda c, out, x: (c, c)), errors.RuleResultError, ["2 value(s)"]),
-    ("no derivative", recurrent, errors.DerivativeError, ["aten::lstm", "register_rule"]),
+    (
+        "no derivative",
+        lambda: compile_for_lrp(Hypernetwork(), "gradient").attribute(torch.ones(2, 5, 3)),
+        errors.DerivativeError,
+        ["aten::gru", "weights", "register_rule"],
+    ),
+    ("packed", lambda: compile_for_lrp(Packed())(torch.ones(2, 5, 3)), errors.RecurrentError, ["LSTM", "padded"]),
+    ("dropout of a kernel", dropping, errors.RecurrentError, ["dropout of 0.5", "model.eval()", "aten::lstm"]),
     ("second rule", twice, errors.DuplicateRuleError, ["aten::sinc", "replace=True"]),
     (
         "coefficients of the reference",

@@ -175,6 +175,23 @@ def t5() -> Case:
     return Case(model, (), kwargs, target=(-1, 7))
 
 
+class Recurrent(nn.Module):
+    """Embedding, a bidirectional LSTM with dropout between its layers, a GRU, and a head on its last state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 12)
+        self.lstm = nn.LSTM(12, 8, 2, batch_first=True, bidirectional=True, dropout=0.2)
+        self.gru, self.head = nn.GRU(16, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.gru(self.lstm(self.embedding(tokens))[0])[1][-1])
+
+
+def lstm() -> Case:
+    return Case(Recurrent(), (ids(),), target=torch.tensor([3, 1]))
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
     "vgg": vgg,
     "resnet": resnet,
@@ -186,6 +203,7 @@ BUILDERS: dict[str, Callable[[], Case]] = {
     "llama": llama,
     "llama_eager": lambda: llama("eager"),
     "t5": t5,
+    "lstm": lstm,
 }
 
 
