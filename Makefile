@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The root must stay off sys.path: a bare "kernels" is another package's name (see CONTRIBUTING.md).
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-full lint golden clean
+.PHONY: demo test test-full lint golden catalogue clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,9 @@ lint: $(VENV)/test.installed
 
 golden: $(VENV)/test.installed
 	EXPECTTEST_ACCEPT=1 $(BIN)/pytest tests/passes/test_golden_stages.py
+
+catalogue: $(VENV)/test.installed
+	$(BIN)/pytest tests/rules tests/peers --catalogue passes/rules/README.md
 
 $(VENV)/base.installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "python >= 3.11 is needed; set PYTHON=")'

@@ -59,6 +59,11 @@ class LRPModule(nn.Module):
         return self._compiler
 
     @property
+    def options(self) -> Options:
+        """The options it was compiled with."""
+        return self._options
+
+    @property
     def original(self) -> nn.Module:
         """The module this one explains."""
         return self._model

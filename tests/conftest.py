@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import catalogue
 import pytest
 import torch
 from hypothesis import settings
@@ -14,6 +16,16 @@ torch.set_num_threads(2)
 # CI draws the same examples every time; elsewhere every run searches anew.
 settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("here")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--catalogue", help="write what the tests showed of every rule to this file")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    path = session.config.getoption("--catalogue")
+    if path and exitstatus == pytest.ExitCode.OK:
+        Path(path).write_text(catalogue.table(), encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)

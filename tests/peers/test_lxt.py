@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from catalogue import agreement
 from peers import lxt_explicit_rules, lxt_functional, lxt_patches, lxt_rules, relative_error
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
@@ -171,8 +172,8 @@ def test_block_agrees_with_lxt_efficient(composite: str, dtype: torch.dtype) -> 
     block, twin, x = block_and_twin(EFFICIENT[composite], dtype)
     leaf = x.clone().requires_grad_()
     twin(leaf)[:, 1].sum().backward()
-    found = compile_for_lrp(block, composite).attribute(x, 1)
-    assert relative_error(found, x * leaf.grad) <= TOLERANCES[dtype]
+    explained = compile_for_lrp(block, composite)
+    assert agreement(explained, x, explained.attribute(x, 1), x * leaf.grad, "LXT") <= TOLERANCES[dtype]
 
 
 # --- Hugging Face models with LXT's own patches -------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import zoo
+from catalogue import agreement
 from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,16 +29,16 @@ class Op(nn.Module):
         return self.fn(*inputs)
 
 
-def relevances(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], seed: Tensor) -> list[Tensor]:
-    found = compile_for_lrp(Op(fn), "dynamiclrp").run(*inputs)[1].relevance(seed)
-    return list(found.values()) if isinstance(found, dict) else [found]
+def agree(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], seed: Tensor, expected: list[Tensor]) -> None:
+    explained = compile_for_lrp(Op(fn), "dynamiclrp")
+    for found, wanted in zip(explained.attribute(inputs, seed), expected, strict=True):
+        assert agreement(explained, inputs, found, wanted, "shares by magnitude") <= FLOAT64
 
 
 def test_the_published_example() -> None:
     """a = 2, b = -1, R = 1: DynamicLRP's engine returns (0.667, 0.333) where the ratio rule has (2, -1)."""
     a, b = torch.tensor([2.0]).double(), torch.tensor([-1.0]).double()
-    found = relevances(torch.add, (a, b), torch.ones(1).double())
-    torch.testing.assert_close(torch.cat(found), torch.tensor([2 / 3, 1 / 3]).double())
+    agree(torch.add, (a, b), torch.ones(1).double(), [torch.tensor([share]).double() / 3 for share in (2.0, 1.0)])
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,7 @@ def test_shares_by_magnitude(fn: Callable[..., Tensor], terms: Callable[..., tup
     relevance = fn(a, b) * seed
     left, right = (term.abs() for term in terms(a, b))
     expected = [relevance * left / (left + right), (relevance * right / (left + right)).sum(0)]
-    for found, wanted in zip(relevances(fn, (a, b), seed), expected, strict=True):
-        assert relative_error(found, wanted) <= FLOAT64
+    agree(fn, (a, b), seed, expected)
 
 
 @pytest.mark.parametrize("fn", [lambda x: x.sum(1), lambda x: x.mean(1), lambda x: x.mean((0, 2), keepdim=True)])
@@ -68,18 +68,20 @@ def test_sums_and_means_share_by_magnitude(fn: Callable[[Tensor], Tensor]) -> No
     leaf = x.abs().requires_grad_()
     size = fn(leaf)
     (spread,) = torch.autograd.grad(size, leaf, out * seed / size.detach())
-    assert relative_error(relevances(fn, (x,), seed)[0], x.abs() * spread) <= FLOAT64
+    agree(fn, (x,), seed, [x.abs() * spread])
 
 
 def test_biases_are_credited() -> None:
     """R_b = R |b| / (|z0| + |b|); the rest goes to the input by the epsilon rule on z0."""
     layer = nn.Linear(5, 4).double()
     x, seed = torch.randn(3, 5).double(), torch.randn(3, 4).double()
-    _, tape = compile_for_lrp(layer, "dynamiclrp").run(x)
+    explained = compile_for_lrp(layer, "dynamiclrp")
+    _, tape = explained.run(x)
     z0, bias = x @ layer.weight.detach().T, layer.bias.detach()
     relevance = (z0 + bias) * seed
     kept = relevance * z0.abs() / (z0.abs() + bias.abs())
-    assert relative_error(tape.relevance(seed), x * ((kept / z0) @ layer.weight.detach())) <= FLOAT64
+    expected = x * ((kept / z0) @ layer.weight.detach())
+    assert agreement(explained, x, tape.relevance(seed), expected, "shares by magnitude") <= FLOAT64
     assert relative_error(tape.sinks(seed)["linear"]["credited"], relevance - kept) <= FLOAT64
 
 
@@ -112,8 +114,9 @@ def test_excitation_pullback_is_the_gradient_of_a_soft_network(
     soft = ((windows / temperature).softmax(2) * windows).sum(2)
     (on_hidden,) = torch.autograd.grad(soft, hidden, seed.flatten(2))
     (expected,) = torch.autograd.grad(z, leaf, on_hidden * torch.sigmoid(z.detach() / temperature))
-    found = compile_for_lrp(model, composites.excitation_pullback(temperature)).attribute(x, seed)
-    assert relative_error(found, expected) <= FLOAT64
+    explained = compile_for_lrp(model, composites.excitation_pullback(temperature))
+    found = explained.attribute(x, seed)
+    assert agreement(explained, x, found, expected, "gradient of a soft network") <= FLOAT64
 
 
 def test_gamma_in_vision_transformers_tends_to_cp_lrp() -> None:

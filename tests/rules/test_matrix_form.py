@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from catalogue import note
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -63,13 +64,17 @@ class Op(nn.Module):
 # --- how relevances are obtained and compared ---------------------------------------------------------------
 
 
-def assert_same(got: Tensors, expected: Tensors) -> None:
-    """Equal to TOLERANCE times the largest expected relevance of any input."""
+def assert_same(got: Tensors, expected: Tensors) -> float:
+    """Equal to TOLERANCE times the largest expected relevance of any input; the largest error in that unit."""
     scale = max(float(e.detach().abs().max()) for e in expected)
+    worst = 0.0
     for g, e in zip(got, expected, strict=True):
         assert g.shape == e.shape
         assert torch.isfinite(g).all()
-        assert float((g - e).detach().abs().max()) <= TOLERANCE * scale
+        error = float((g - e).detach().abs().max())
+        assert error <= TOLERANCE * scale
+        worst = max(worst, error / scale if scale else 0.0)
+    return worst
 
 
 def check(
@@ -83,7 +88,10 @@ def check(
     output = model(*inputs).detach()
     seed = torch.randn_like(output)
     explained = compile_for_lrp(model, composite, reference=reference)
-    assert_same(explained.attribute(inputs, seed), restatement(inputs, output * seed))
+    found, expected = explained.attribute(inputs, seed), restatement(inputs, output * seed)
+    error = assert_same(found, expected)
+    if not reference:
+        note(explained, inputs, {}, "matrix form", error)
 
 
 def check_conservation(model: nn.Module, inputs: Tensors, composite: str | Composite = "attnlrp") -> None:

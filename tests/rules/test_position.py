@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from catalogue import agreement
 from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,14 +76,15 @@ def test_positions_take_half_of_rotations_and_their_embeddings_share(style: str)
     model = Rotary(style).double()
     ids = torch.randint(11, (3, TOKENS))
     with torch.no_grad():
-        tape = compile_for_lrp(model, "pa_lrp").run(ids)[1]
+        explained = compile_for_lrp(model, "pa_lrp")
+        tape = explained.run(ids)[1]
     found = positional_relevance(tape, 1)
     model.restating = True
     model(ids)[:, 1].sum().backward()
     embedded, summed, q, k = ((value * value.grad).detach() for value in model.seen)
     assert summed.shape == embedded.shape
     positions = (model.positions.weight[:TOKENS] * model.seen[1].grad).sum(-1).detach()
-    assert relative_error(found.tokens, embedded.sum(-1)) <= FLOAT64
+    assert agreement(explained, ids, found.tokens, embedded.sum(-1), "detach") <= FLOAT64
     rotated = [value.sum((1, 3)) for value in (q, k)]
     assert len(found.positions) == 3
     for expected in (positions, *rotated):

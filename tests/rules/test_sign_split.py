@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from catalogue import agreement
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import relative_error
@@ -99,7 +100,10 @@ def test_linear_layers(rule: Rule, positive: bool, reference: bool) -> None:
     explained = compile_for_lrp(model, everywhere(rule), reference=reference)
     site = "relu" if positive else "input"
     found = explained.run(x)[1].relevance(seed, at=site)
-    assert relative_error(found, restated(rule, layer, x, seed)) <= FLOAT64
+    expected = restated(rule, layer, x, seed)
+    assert relative_error(found, expected) <= FLOAT64
+    if not positive:
+        agreement(explained, x, found, expected, "terms one by one")
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -115,7 +119,8 @@ def test_convolutions_are_their_matrices(rule: Rule, reference: bool) -> None:
         jacobian = torch.autograd.functional.jacobian(lambda v: conv(v).flatten(), x[:1])
         dense.weight.copy_(jacobian.reshape(dense.weight.shape))
         dense.bias.copy_(conv(torch.zeros_like(x[:1])).flatten())
-    found = compile_for_lrp(conv, everywhere(rule), reference=reference).attribute(x, seed)
+    explained = compile_for_lrp(conv, everywhere(rule), reference=reference)
+    found = explained.attribute(x, seed)
     if isinstance(rule, Flat):
         # Flat counts the kernel's entries, also where the dense matrix of a sliding window is zero.
         ones = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2, bias=False).double()
@@ -125,7 +130,7 @@ def test_convolutions_are_their_matrices(rule: Rule, reference: bool) -> None:
         (expected,) = torch.autograd.grad(counts, probe, out * seed / (counts.detach() + EPSILON))
     else:
         expected = restated(rule, dense, x.flatten(1), seed.flatten(1)).view_as(x)
-    assert relative_error(found, expected) <= FLOAT64
+    assert agreement(explained, x, found, expected, "terms one by one") <= FLOAT64
 
 
 def test_outputs_without_terms_of_one_sign_are_no_blow_up() -> None:
@@ -292,7 +297,8 @@ def test_products_with_a_constant_are_linear_layers(op: str, rule: Rule) -> None
     model = Product().double()
     x = torch.randn((2, 3, 6) if op == "bmm" else (3, 6), dtype=torch.float64)
     seed = torch.randn((2, 3, 5) if op == "bmm" else (3, 5), dtype=torch.float64)
-    found = compile_for_lrp(model, everywhere(rule)).run(x)[1].relevance(seed)
+    explained = compile_for_lrp(model, everywhere(rule))
+    found = explained.run(x)[1].relevance(seed)
     layers = [nn.Linear(6, 5).double() for _ in range(2)]
     for number, layer in enumerate(layers):
         layer.weight.data = (model.weight[number] if op == "bmm" else model.weight).detach().T
@@ -301,4 +307,4 @@ def test_products_with_a_constant_are_linear_layers(op: str, rule: Rule) -> None
         expected = torch.stack([restated(rule, layer, *pair) for layer, *pair in zip(layers, x, seed, strict=True)])
     else:
         expected = restated(rule, layers[0], x, seed)
-    assert relative_error(found, expected) <= FLOAT64
+    assert agreement(explained, x, found, expected, "terms one by one") <= FLOAT64
