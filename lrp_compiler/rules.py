@@ -14,6 +14,7 @@ from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, SoftmaxGradient
 from lrp_compiler.passes.rules.plain import Epsilon, Plain, Stop
 from lrp_compiler.passes.rules.product import Numerator, Uniform
+from lrp_compiler.passes.rules.scan import SelectiveScan, SignalTakesAll
 from lrp_compiler.passes.rules.signsplit import AlphaBeta, Gamma, ZPlus
 from lrp_compiler.passes.rules.terminal import Flat, WSquare, ZBox
 
@@ -38,6 +39,8 @@ __all__ = [
     "Plain",
     "RMSNorm",
     "Rule",
+    "SelectiveScan",
+    "SignalTakesAll",
     "SoftmaxGradient",
     "Stop",
     "Uniform",
