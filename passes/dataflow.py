@@ -46,12 +46,20 @@ def float_operands(node: fx.Node) -> list[fx.Node]:
     return [operand for operand in node.all_input_nodes if carries_float(operand)]
 
 
+def value_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands whose values ``node`` is computed from; of reshapes such as expand_as only the first counts."""
+    first = node.args[0] if node.args else None
+    return [first] if op_name(node) in RESHAPES and isinstance(first, fx.Node) else list(node.all_input_nodes)
+
+
 def data_nodes(program: Program) -> set[fx.Node]:
     """The nodes that depend on what the user passes in."""
     users = {spec.node for spec in program.inputs if spec.kind is InputKind.USER}
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if node.op != "output" and (node.name in users or any(operand in found for operand in node.all_input_nodes)):
+        if node.name in users or (
+            node.op == "call_function" and any(operand in found for operand in value_operands(node))
+        ):
             found.add(node)
     return found
 
@@ -74,7 +82,7 @@ def kin(node: fx.Node, data: set[fx.Node]) -> set[fx.Node]:
         entry = classify(current) if current.op == "call_function" else None
         takes_part = current.target in (aten.select.int, aten.slice.Tensor) or op_name(current) in RESHAPES | KEEPERS
         if takes_part or (entry is not None and entry.op_class in ELEMENTWISE):
-            waiting += current.all_input_nodes
+            waiting += value_operands(current)
     return found
 
 

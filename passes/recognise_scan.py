@@ -2,7 +2,8 @@
 
 The decay a, the factors of b beside the signal, and what the readout multiplies states by are held constant (MambaLRP,
 RULES.md 1.8). Which factor of b = Delta B u is the signal u: the one that shares nothing with a = exp(Delta A) and does
-not vary along the state dimension, over which the readout sums.
+not vary along the state dimension, over which the readout sums. Where that leaves two (B and u with a single state),
+the loop is left as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import fx
 from lrp_compiler.passes.dataflow import RESHAPES, data_nodes, factors, kin, stripped
 from lrp_compiler.passes.optable import aten_names, op_name
 from lrp_compiler.passes.program import Constant, Pattern, Program, learn, tensor_of
-from lrp_compiler.passes.recurrence import Slice, Step, find_steps, read_at, same, start_of, unread_outside
+from lrp_compiler.passes.recurrence import Slice, Step, find_steps, read_at, same, sliced, start_of, unread_outside
 from lrp_compiler.passes.straight_line import OverTime, StraightLine, straight_line
 
 aten = torch.ops.aten
@@ -194,17 +195,16 @@ class _Recogniser:
         """The nodes of the loop that hold states, addends and readouts."""
         found: set[fx.Node] = set()
         for readout, step in zip(readouts, chain, strict=True):
-            found |= {readout.state, *readout.path[1:], step.added.value}
-            found |= {readout.path[0]} if readout.path else set()
+            found |= {readout.state, *readout.path, step.added.value}
             found |= {step.product} if step.product is not None else set()
         base = chain[0].added.base
-        return found | {user for user in base.users if user.target is aten.unbind.int}
+        return found | {user for user in base.users if user.target is aten.unbind.int or sliced(user) is not None}
 
     def signal(self, added: fx.Node, decay: fx.Node, form: ScanForm, readout: Readout) -> Signal | None:
         """The factor of ``added`` that relevance follows; None where more than one could be it."""
         shared = kin(decay, self.data)
         leaves = [leaf for leaf in _leaves(added, self.data) if stripped(leaf.node) not in shared]
-        if len(leaves) > 1:
+        if any(leaf.products for leaf in leaves):
             leaves = _constant_along_state(leaves, form, readout)
         if len(leaves) != 1:
             return None
@@ -261,7 +261,7 @@ def _leaves(node: fx.Node, data: set[fx.Node]) -> list[Leaf]:
 
 
 def _constant_along_state(leaves: list[Leaf], form: ScanForm, readout: Readout) -> list[Leaf]:
-    """The factors of b that do not vary along the dimensions the readout sums over."""
+    """The factors of b that do not vary along the dimensions the readout sums over (all, where it sums over none)."""
     if 0 in form.state:
         # Nothing flows in an empty batch, and no probe tells the factors apart.
         return leaves[:1]
@@ -272,4 +272,4 @@ def _constant_along_state(leaves: list[Leaf], form: ScanForm, readout: Readout) 
     summed = [dim for dim, indices in enumerate(support.nonzero().T) if len(indices.unique()) > 1]
     time = len(form.state) if form.signal.dim is None or form.signal.keep else form.signal.dim
     dims = [dim + (dim >= time) for dim in summed]
-    return [leaf for leaf in leaves if dims and all(leaf.extents[dim] == 1 for dim in dims)]
+    return [leaf for leaf in leaves if all(leaf.extents[dim] == 1 for dim in dims)]

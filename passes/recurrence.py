@@ -121,7 +121,9 @@ def start_of(state: fx.Node, steps: dict[fx.Node, Step]) -> fx.Node:
 
 
 def unread_outside(inside: Collection[fx.Node], root: fx.Node, outputs: set[str]) -> bool:
-    """Whether only ``root`` reads what lies in ``inside``."""
-    return all(
-        node.name not in outputs and all(user is root or user in inside for user in node.users) for node in inside
+    """Whether only ``root`` reads what lies in ``inside``, but for its shape."""
+    allowed = {root, *inside}
+    return not any(
+        node.name in outputs or any(user not in allowed and op_name(user) not in ZEROS for user in node.users)
+        for node in inside
     )
