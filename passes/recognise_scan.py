@@ -9,17 +9,21 @@ the loop is left as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import fx
 
 from lrp_compiler.passes.dataflow import RESHAPES, data_nodes, factors, kin, stripped
 from lrp_compiler.passes.optable import aten_names, op_name
-from lrp_compiler.passes.program import Constant, Pattern, Program, learn, tensor_of
+from lrp_compiler.passes.program import Constant, Pattern, Program, facts, first_argument, learn, tensor_of
 from lrp_compiler.passes.recurrence import Slice, Step, find_steps, read_at, same, sliced, start_of, unread_outside
 from lrp_compiler.passes.straight_line import OverTime, StraightLine, straight_line
 
 aten = torch.ops.aten
+Products = tuple[tuple[fx.Node, fx.Node], ...]
+"""Products from the outermost inwards, each with the factor that relevance follows."""
+
 READOUT = aten_names("matmul bmm mm mv mul sum select slice") | RESHAPES
 
 
@@ -28,11 +32,12 @@ class ScanForm:
     """How a scan reads its inputs: the signal, the decay, the other factor if it ``writes``, the readout's values.
 
     ``signal`` is how b is sliced; ``decay_line`` takes a slice to a_t, ``readout`` takes (h_t, slices) to y_t, of
-    states of shape ``state``. Readouts are stacked (``stacked``) or concatenated along ``dim``.
+    states of shape ``state`` and type ``dtype``. Readouts are stacked (``stacked``) or concatenated along ``dim``.
     """
 
     steps: int
     state: tuple[int, ...]
+    dtype: torch.dtype
     signal: OverTime
     decay: OverTime
     decay_line: StraightLine
@@ -55,14 +60,11 @@ class Readout:
 
 @dataclass(frozen=True)
 class Signal:
-    """Where relevance leaves a scan: ``node``, the other factor if it is multiplied inside, products still above.
-
-    ``products`` are pairs (product, the factor that relevance follows).
-    """
+    """Where relevance leaves a scan: ``node``, the other factor if it is multiplied inside, products still to go."""
 
     node: fx.Node
     other: fx.Node | None
-    products: tuple[tuple[fx.Node, fx.Node], ...]
+    products: Products
 
 
 def recognise_scans(program: Program) -> None:
@@ -98,10 +100,11 @@ class _Recogniser:
         assert decay is not None
         inside = self.inside(readouts, chain)
         signal = self.signal(added, decay.base, form, readouts[0])
-        swallowed = inside | ({added} if signal is not None and signal.node is not added else set())
-        keeps_products = signal is not None and not (signal.other is not None or signal.products)
-        closed = inside if keeps_products else inside | {added}
-        if signal is None or not unread_outside(closed, root, self.outputs):
+        if signal is None:
+            return
+        swallowed = inside | ({added} if signal.node is not added else set())
+        # A product marked as the scan's has no other rule for what else would read it.
+        if not unread_outside(swallowed | ({added} if signal.products else set()), root, self.outputs):
             return
         for product, followed in signal.products:
             learn(product, pattern=Pattern("state_product", (followed.name,)))
@@ -178,18 +181,18 @@ class _Recogniser:
         sizes = [
             tensor_of(s.base).shape[s.way.dim] for s in (decays[0], added, *readouts[0].reads) if s.way.dim is not None
         ]
-        shapes = {tuple(tensor_of(readout.state).shape) for readout in readouts}
+        states = {(tuple(tensor_of(readout.state).shape), tensor_of(readout.state).dtype) for readout in readouts}
         state_rank = tensor_of(added.base).dim() - (not added.way.keep)
         dim = int(str((*root.args, 0)[1])) % tensor_of(root).dim()
         stacked = root.target is aten.stack.default
-        if len(lines) != 1 or len(shapes) != 1 or any(size != len(chain) for size in sizes):
+        if len(lines) != 1 or len(states) != 1 or any(size != len(chain) for size in sizes):
             return None
-        (shape,) = shapes
+        ((shape, dtype),) = states
         if len(shape) != state_rank or (not stacked and tensor_of(root).shape[dim] != len(chain)):
             return None
         ways = tuple(read.way for read in readouts[0].reads)
         line = readouts[0].line
-        return ScanForm(len(chain), shape, added.way, decays[0].way, lines.pop(), ways, line, stacked, dim)
+        return ScanForm(len(chain), shape, dtype, added.way, decays[0].way, lines.pop(), ways, line, stacked, dim)
 
     def inside(self, readouts: list[Readout], chain: list[Step]) -> set[fx.Node]:
         """The nodes of the loop that hold states, addends and readouts."""
@@ -203,21 +206,20 @@ class _Recogniser:
     def signal(self, added: fx.Node, decay: fx.Node, form: ScanForm, readout: Readout) -> Signal | None:
         """The factor of ``added`` that relevance follows; None where more than one could be it."""
         shared = kin(decay, self.data)
-        leaves = [leaf for leaf in _leaves(added, self.data) if stripped(leaf.node) not in shared]
-        if any(leaf.products for leaf in leaves):
-            leaves = _constant_along_state(leaves, form, readout)
-        if len(leaves) != 1:
+        leaves = _leaves(added, self.data)
+        candidates = [leaf for leaf in leaves if stripped(leaf.node) not in shared]
+        if any(leaf.products for leaf in candidates):
+            candidates = _constant_along_state(candidates, form, readout)
+        products = _products_above(candidates, leaves)
+        if products is None or not _read_once(products):
             return None
-        (leaf,) = leaves
-        if any(len(product.users) != 1 for product, _ in leaf.products[1:]):
-            return None
-        if leaf.products and leaf.products[0][0] is added and form.signal.dim is not None:
-            followed = leaf.products[0][1]
+        if products and form.signal.dim is not None and products[0][0] is added:
+            followed = products[0][1]
             other = next(factor for factor in factors(added) or () if factor is not followed)
             shape = tensor_of(followed).shape
             if len(shape) == tensor_of(added).dim() and shape[form.signal.dim] == form.steps:
-                return Signal(followed, other, leaf.products[1:])
-        return Signal(added, None, leaf.products)
+                return Signal(followed, other, products[1:])
+        return Signal(added, None, products)
 
 
 def _is_linear(node: fx.Node, operand: fx.Node) -> bool:
@@ -233,11 +235,15 @@ def _alike(first: Readout, other: Readout) -> bool:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One factor of a product of many: its extents along the product, and the products above it."""
+    """One factor of a product of many: its extents along the product, and the products above it.
+
+    Once movement lies between (``moved``) dimensions no longer line up, and extents are those of the moved product.
+    """
 
     node: fx.Node
     extents: tuple[int, ...]
-    products: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    products: Products = ()
+    moved: bool = False
 
 
 def _leaves(node: fx.Node, data: set[fx.Node]) -> list[Leaf]:
@@ -247,17 +253,49 @@ def _leaves(node: fx.Node, data: set[fx.Node]) -> list[Leaf]:
     while waiting:
         leaf = waiting.pop()
         product = stripped(leaf.node)
-        pair = factors(product) if product.target is aten.mul.Tensor else None
+        pair = factors(product) if product.target is aten.mul.Tensor and facts(product).pattern is None else None
         if pair is None:
             found.append(leaf)
             continue
+        moved = leaf.moved or product is not leaf.node
         for factor in pair:
             shape = tuple(tensor_of(factor).shape)
-            # Below movement dimensions no longer line up: all factors count as wide as their product.
-            aligned = (1,) * (len(leaf.extents) - len(shape)) + shape if product is leaf.node else leaf.extents
+            extents = leaf.extents if moved else (1,) * (len(leaf.extents) - len(shape)) + shape
             if factor in data:
-                waiting.append(Leaf(factor, aligned, (*leaf.products, (product, factor))))
+                waiting.append(Leaf(factor, extents, (*leaf.products, (product, factor)), moved))
     return found
+
+
+def _products_above(candidates: list[Leaf], leaves: list[Leaf]) -> Products | None:
+    """The products above the outermost value that is made of ``candidates`` alone, all of them.
+
+    None where there is no such value, or where it is the whole product and has more than one factor.
+    """
+
+    def holds_others(products: Products) -> bool:
+        return any(leaf.products[: len(products)] == products and leaf not in candidates for leaf in leaves)
+
+    if not candidates:
+        return None
+    common = candidates[0].products
+    while any(leaf.products[: len(common)] != common for leaf in candidates):
+        common = common[:-1]
+    if holds_others(common):
+        return None
+    while common and not holds_others(common[:-1]):
+        common = common[:-1]
+    return None if not common and len(candidates) > 1 else common
+
+
+def _read_once(products: Products) -> bool:
+    """Whether each product inside the outermost is read by the one around it alone."""
+    for (_, followed), (inner, _) in pairwise(products):
+        node = followed
+        while len(node.users) == 1 and node is not inner:
+            node = first_argument(node)
+        if len(node.users) != 1:
+            return False
+    return True
 
 
 def _constant_along_state(leaves: list[Leaf], form: ScanForm, readout: Readout) -> list[Leaf]:
@@ -265,8 +303,8 @@ def _constant_along_state(leaves: list[Leaf], form: ScanForm, readout: Readout) 
     if 0 in form.state:
         # Nothing flows in an empty batch, and no probe tells the factors apart.
         return leaves[:1]
-    state = torch.zeros(form.state, dtype=torch.float64, requires_grad=True)
-    reads = [torch.ones(tensor_of(read.value).shape, dtype=torch.float64) for read in readout.reads]
+    state = torch.zeros(form.state, dtype=form.dtype, requires_grad=True)
+    reads = [torch.ones(fake.shape, dtype=fake.dtype) for fake in (tensor_of(read.value) for read in readout.reads)]
     with torch.enable_grad():
         (support,) = torch.autograd.grad(form.readout(state, *reads).flatten()[0], state)
     summed = [dim for dim, indices in enumerate(support.nonzero().T) if len(indices.unique()) > 1]

@@ -36,7 +36,8 @@ def scan_pullback(
     given = given if form.stacked else given.unsqueeze(form.dim + 1)
 
     def to_state(c_t: Tensor, *slices: Tensor) -> Tensor:
-        _, pull, *_ = torch.func.vjp(lambda state: form.readout(state, *slices), c_t.new_zeros(form.state))
+        nothing = c_t.new_zeros(form.state, dtype=form.dtype)
+        _, pull, *_ = torch.func.vjp(lambda state: form.readout(state, *slices), nothing)
         (made,) = pull(c_t)
         result: Tensor = made
         return result

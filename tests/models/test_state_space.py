@@ -87,6 +87,7 @@ def test_relevance_is_mamba_lrp(double: None, kind: Kind, tokens: int, composite
     torch.testing.assert_close(kind.restated(model, embeddings), out.logits, rtol=1e-10, atol=1e-10)
     report = explained.report(input_ids=ids)
     assert report.composite == "mamba_lrp"
+    assert composite == "mamba_lrp" or kind.pattern.replace("_", " ") in report.reason
     assert report.patterns[kind.pattern] == 2 * kind.per_layer
     expected = explained_by_autograd(lambda leaf: kind.restated(model, leaf), embeddings, seed)
     assert relative_error(tape.relevance(seed, per_dimension=True), expected) <= FLOAT64
@@ -118,6 +119,14 @@ def test_outputs_are_those_of_the_model(kind: Kind) -> None:
         with torch.set_grad_enabled(enabled):
             expected = model(input_ids=ids, attention_mask=mask).logits
             assert explained(input_ids=ids, attention_mask=mask).logits.equal(expected)
+
+
+def test_bfloat16_models_scan_in_the_precision_of_their_states(kind: Kind) -> None:
+    """bfloat16 has eight bits; the two layers cost a few of them, and nothing is lost or infinite."""
+    model, ids = randomised(kind.build()), torch.randint(0, 23, (2, 7))
+    exact = compile_for_lrp(model, "mamba_lrp").run(input_ids=ids)[1].relevance(Token(-1, 4))
+    found = compile_for_lrp(model.bfloat16(), "mamba_lrp").run(input_ids=ids)[1].relevance(Token(-1, 4))
+    assert relative_error(found, exact) <= 0.05
 
 
 def test_padding_gets_nothing(kind: Kind) -> None:

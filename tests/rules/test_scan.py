@@ -19,6 +19,7 @@ from state_space import (
     frozen_scan,
     half,
     minimal_ssd,
+    rms_norm,
 )
 from torch import Tensor, nn
 
@@ -179,6 +180,37 @@ def test_what_is_no_scan_is_left_alone(kind: str, steps: int) -> None:
     explained = compile_for_lrp(Loop(kind), "attnlrp")
     inputs = (torch.randn(2, steps, 3), torch.randn(2, steps, 3))
     assert "scan" not in explained.report(*inputs).patterns
+
+
+class Surrounded(nn.Module):
+    """A scan whose signal is a gated product and whose B is normalised, as in hybrid models."""
+
+    def __init__(self, scan: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.scan, self.a, self.gain = scan, nn.Parameter(-torch.rand(4, 3)), nn.Parameter(torch.rand(3))
+
+    def forward(self, u: Tensor, gate: Tensor, delta: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        b = self.gain * (b * torch.rsqrt(b.pow(2).mean(-1, keepdim=True) + 1e-5))
+        return self.scan(u * gate, nn.functional.softplus(delta), self.a, b, c)
+
+    def restated(self, u: Tensor, gate: Tensor, delta: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        b = rms_norm(b, self.gain, 1e-5)
+        return frozen_scan(half(u, gate), nn.functional.softplus(delta), self.a, b, c)
+
+
+@pytest.mark.parametrize("scan", SPELLINGS, ids=lambda scan: scan.__name__)
+def test_what_a_scan_reads_may_be_products_itself(scan: Callable[..., Tensor]) -> None:
+    """Relevance reaches u and the gate, half each; Delta, B and C get none."""
+    model = Surrounded(scan).double()
+    inputs = [random(2, 5, width) for width in (4, 4, 4, 3, 3)]
+    _, tape = compile_for_lrp(model, "mamba_lrp").run(*inputs)
+    seed = random(2, 5, 4)
+    leaves = [value.clone().requires_grad_() for value in inputs[:2]]
+    grads = torch.autograd.grad(model.restated(*leaves, *inputs[2:]), leaves, seed)
+    found = list(tape.relevance(seed).values())
+    for relevance, value, grad in zip(found[:2], inputs, grads, strict=False):
+        assert relative_error(relevance, value * grad) <= FLOAT64
+    assert all(relevance.abs().max() == 0 for relevance in found[2:])
 
 
 class MinimalMamba2(nn.Module):
