@@ -32,6 +32,7 @@ from lrp_compiler.passes.rules.position import PositionAdd, RotaryHalf, adds_pos
 from lrp_compiler.passes.rules.product import Numerator, Uniform
 from lrp_compiler.passes.rules.pullback import SoftMaxPool
 from lrp_compiler.passes.rules.recurrent import Recurrent
+from lrp_compiler.passes.rules.scan import SelectiveScan, SignalTakesAll
 from lrp_compiler.passes.rules.signsplit import AlphaBeta, Gamma, ZPlus
 from lrp_compiler.passes.rules.terminal import Bound, Flat, ZBox
 
@@ -53,7 +54,17 @@ BASE: Lines = (
     (on(OpClass.SOFTMAX), SoftmaxGradient()),
     (on(OpClass.ATTENTION), Attention()),
     (on(OpClass.RECURRENT), Recurrent()),
+    (on(OpClass.LINEAR_ATTENTION), Uniform()),
+    (on(OpClass.SCAN), SelectiveScan()),
+    (on(OpClass.STATE_PRODUCT), SignalTakesAll()),
 )
+
+VALUES_ONLY: Lines = (
+    (on(OpClass.SOFTMAX), Stop()),
+    (on(OpClass.ATTENTION), AttentionValueOnly()),
+    (on(OpClass.LINEAR_ATTENTION), SignalTakesAll()),
+)
+"""Attention of every kind with constant attention maps."""
 
 
 def attnlrp() -> Composite:
@@ -63,12 +74,16 @@ def attnlrp() -> Composite:
 
 def cp_lrp() -> Composite:
     """CP-LRP (Ali et al., ICML 2022): attention maps and gates are constants, everything flows to the values."""
-    lines: Lines = (
-        (on(OpClass.SOFTMAX), Stop()),
-        (on(OpClass.ATTENTION), AttentionValueOnly()),
-        (on(OpClass.ACTIVATION, OpClass.NONLINEAR, where=gates_a_product), Stop()),
-    )
-    return Composite("cp_lrp", (*lines, *BASE))
+    gates = (on(OpClass.ACTIVATION, OpClass.NONLINEAR, where=gates_a_product), Stop())
+    return Composite("cp_lrp", (*VALUES_ONLY, gates, *BASE))
+
+
+def mamba_lrp() -> Composite:
+    """MambaLRP (Jafari et al., NeurIPS 2024): A, B, C and Delta of state-space models constant, gates shared evenly.
+
+    Attention of hybrid models is held constant likewise.
+    """
+    return Composite("mamba_lrp", (*VALUES_ONLY, *BASE))
 
 
 def epsilon(epsilon: float = 0.0) -> Composite:
@@ -117,7 +132,8 @@ def attnlrp_gamma(conv: float = 0.25, linear: float = 0.05) -> Composite:
 
 def relp() -> Composite:
     """RelP's default rules: LN-rule, identity, half for products of values; attention by its ordinary gradient."""
-    return attnlrp().override((on(OpClass.ATTENTION, OpClass.SOFTMAX, OpClass.BILINEAR), Gradient()), name="relp")
+    by_gradient = on(OpClass.ATTENTION, OpClass.LINEAR_ATTENTION, OpClass.SOFTMAX, OpClass.BILINEAR)
+    return attnlrp().override((by_gradient, Gradient()), name="relp")
 
 
 def dynamiclrp() -> Composite:
@@ -261,6 +277,7 @@ COMPOSITES: dict[str, Callable[[], Composite]] = {
     "attnlrp": attnlrp,
     "cp_lrp": cp_lrp,
     "epsilon": epsilon,
+    "mamba_lrp": mamba_lrp,
     "attnlrp_gamma": attnlrp_gamma,
     "relp": relp,
     "pa_lrp": pa_lrp,
@@ -295,7 +312,10 @@ def composite_named(name: str) -> Composite:
 
 
 def choose_composite(program: Program) -> Composite:
-    """What "auto" means for a graph: attnlrp where values meet values, else epsilon; ``reason`` says which."""
+    """What "auto" means for a graph; ``reason`` says what decided.
+
+    mamba_lrp where there are state-space models, else attnlrp where values meet values, else epsilon.
+    """
     counts: dict[str, int] = {}
     for node in forward_nodes(program):
         if not facts(node).live or node.op != "call_function":
@@ -304,11 +324,19 @@ def choose_composite(program: Program) -> Composite:
         if entry is None:
             continue
         live_operands = sum(facts(operand).live for operand in node.all_input_nodes)
-        if entry.op_class in (OpClass.ATTENTION, OpClass.SOFTMAX):
-            counts[entry.op_class.value] = counts.get(entry.op_class.value, 0) + 1
+        if entry.op_class in DECISIVE:
+            kind = entry.op_class.value.replace("_", " ")
+            counts[kind] = counts.get(kind, 0) + 1
         elif entry.op_class in (OpClass.LINEAR, OpClass.MULTIPLY) and entry.factors and live_operands > 1:
             counts["product of two live values"] = counts.get("product of two live values", 0) + 1
+    states = {kind: counts[kind] for kind in ("scan", "state product") if kind in counts}
+    found = ", ".join(f"{count} x {kind}" for kind, count in (states or counts).items())
+    if states:
+        return replace(mamba_lrp(), reason=f"the graph holds {found}")
     if counts:
-        found = ", ".join(f"{count} x {kind}" for kind, count in counts.items())
         return replace(attnlrp(), reason=f"the graph holds {found}")
     return replace(epsilon(), reason="the graph holds no attention, softmax or product of two live values")
+
+
+DECISIVE = (OpClass.ATTENTION, OpClass.SOFTMAX, OpClass.LINEAR_ATTENTION, OpClass.SCAN, OpClass.STATE_PRODUCT)
+"""The classes of ops that "auto" looks for."""

@@ -15,6 +15,9 @@ from lrp_compiler.passes.program import Pattern, facts, is_float, value_of
 FOLDED = "folded_batch_norm"
 """The pattern of a linear op and the batch normalisation that only it feeds, taken as one linear map."""
 
+ROLES = frozenset({"state_product", "linear_attention"})
+"""Patterns of one op that say which of its own arguments carries the signal."""
+
 DATA_OF_A_VALUE = frozenset({OpClass.MOVEMENT, OpClass.TUPLE})
 
 
@@ -37,6 +40,7 @@ class Operation:
         self.pattern: Pattern | None = facts(node).pattern
         self.is_folded = self.pattern is not None and self.pattern.kind == FOLDED
         self.call = nodes[self.pattern.saved[0]] if self.pattern is not None and self.is_folded else node
+        self.is_whole_pattern = self.pattern is not None and not self.is_folded and self.pattern.kind not in ROLES
 
     @property
     def linear_name(self) -> str:
@@ -53,13 +57,13 @@ class Operation:
     @cached_property
     def args(self) -> tuple[Any, ...]:
         """Positional arguments; of a pattern, the nodes it reads."""
-        if self.pattern is not None and not self.is_folded:
+        if self.pattern is not None and self.is_whole_pattern:
             return tuple(self.nodes[name] for name in self.pattern.inputs)
         return self.call.args
 
     @cached_property
     def kwargs(self) -> dict[str, Any]:
-        return {} if self.pattern is not None and not self.is_folded else dict(self.call.kwargs)
+        return {} if self.is_whole_pattern else dict(self.call.kwargs)
 
     @cached_property
     def operands(self) -> tuple[Operand, ...]:

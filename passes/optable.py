@@ -30,6 +30,9 @@ class OpClass(enum.Enum):
     BATCH_NORM = "batch_norm"
     SOFTMAX = "softmax"
     ATTENTION = "attention"
+    LINEAR_ATTENTION = "linear_attention"
+    SCAN = "scan"
+    STATE_PRODUCT = "state_product"
     POWER = "power"
     RECURRENT = "recurrent"
     TUPLE = "tuple"
@@ -79,6 +82,9 @@ OP_TABLE: dict[str, OpEntry] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": OpEntry(OpClass.ATTENTION),
     "pattern::rms_norm": OpEntry(OpClass.RMS_NORM),
     "pattern::gelu_tanh": OpEntry(OpClass.ACTIVATION),
+    "pattern::linear_attention": OpEntry(OpClass.LINEAR_ATTENTION, factors=(0, 1)),
+    "pattern::scan": OpEntry(OpClass.SCAN),
+    "pattern::state_product": OpEntry(OpClass.STATE_PRODUCT, factors=(0, 1)),
     "pattern::folded_batch_norm": OpEntry(OpClass.LINEAR, factors=(0, 1), terms=(2,)),
     "builtin::getitem": OpEntry(OpClass.TUPLE),
     **_entries(OpClass.ADD, "add sub rsub neg"),

@@ -40,12 +40,16 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A recognised group of ops that acts as one op: its kind, the nodes it reads and the rest of its data."""
+    """A recognised group of ops that acts as one op: its kind, the nodes it reads and the rest of its data.
+
+    ``form`` is what else the rule of this kind has to know (hashable).
+    """
 
     kind: str
     inputs: tuple[str, ...]
     saved: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
+    form: object = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.utils.matcher_utils import InternalMatch, SubgraphMatcher
 
 from lrp_compiler.passes.program import Pattern, Program, facts, learn
+from lrp_compiler.passes.recognise_scan import recognise_scans
+from lrp_compiler.passes.recognise_state_products import recognise_state_products
 
 ANY_NUMBER = 0.8125
 """A literal in a template that stands for any number (a norm's epsilon)."""
@@ -75,6 +77,8 @@ def recognise(program: Program) -> Program:
         if all(node.target in present for node in spelled.nodes if node.op == "call_function"):
             for match in SubgraphMatcher(spelled, ignore_literals=True).match(program.graph):
                 _mark(template, match)
+    recognise_scans(program)
+    recognise_state_products(program)
     return program
 
 

@@ -30,6 +30,7 @@ from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, Softma
 from lrp_compiler.passes.rules.plain import Epsilon, Plain
 from lrp_compiler.passes.rules.product import Numerator, Uniform
 from lrp_compiler.passes.rules.recurrent import Recurrent
+from lrp_compiler.passes.rules.scan import SelectiveScan, SignalTakesAll
 
 Relevances = dict[Operand, Tensor]
 
@@ -277,6 +278,22 @@ def _mask(op: Operation, scores: Tensor, values: dict[fx.Node, Any]) -> Tensor:
     return added
 
 
+def _scan(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """R_u = u * VJP(R / y) of the loop as it stands, where all it reads but the signal is a constant."""
+    assert op.pattern is not None
+    swallowed = {*op.pattern.members, op.name}
+    (operand,) = rule.receivers(op)
+    leaf = values[operand.node].detach().clone().requires_grad_()
+    loop: dict[fx.Node, Any] = {operand.node: leaf}
+    with torch.enable_grad():
+        for node in op.node.graph.nodes:
+            if node.name in swallowed:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: loop[n] if n in loop else values[n])
+                loop[node] = node.target(*args, **kwargs)
+        (grad,) = torch.autograd.grad(loop[op.node], leaf, _ratio(outputs[0], values[op.node]))
+    return _times_input((operand,), [grad], values)
+
+
 def _gradient(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
     """The ordinary derivative."""
     operands = rule.receivers(op)
@@ -298,6 +315,8 @@ FORMULAS: dict[type[Rule], Callable[[Rule, Operation, list[Tensor], dict[fx.Node
     AttentionValueOnly: _attention,
     Gradient: _gradient,
     Recurrent: recurrent,
+    SelectiveScan: _scan,
+    SignalTakesAll: _plain,
     **LINEAR_FORMULAS,
 }
 """Rule -> its formula in relevance space."""
