@@ -215,7 +215,7 @@ def excitation_pullback(temperature: float = 0.3) -> Composite:
         (RELU, BetaSmooth(beta=1 / temperature)),
         (on(target="aten::max_pool2d_with_indices"), SoftMaxPool(temperature=temperature)),
     )
-    return gradient().override(*lines, name="excitation_pullback")
+    return replace(gradient().override(*lines, name="excitation_pullback"), conserves=False)
 
 
 def epsilon_gamma_box(low: Bound = -3.0, high: Bound = 3.0, epsilon: float = 1e-6, gamma: float = 0.25) -> Composite:
@@ -260,17 +260,17 @@ def excitation_backprop() -> Composite:
 
 def deconvnet() -> Composite:
     """DeconvNet: the gradient with ReLUs that keep positive signals, whatever their input."""
-    return gradient().override((RELU, DeconvNet()), name="deconvnet")
+    return replace(gradient().override((RELU, DeconvNet()), name="deconvnet"), conserves=False)
 
 
 def guided_backprop() -> Composite:
     """Guided backpropagation: the gradient with ReLUs that keep positive signals of active units."""
-    return gradient().override((RELU, GuidedBackprop()), name="guided_backprop")
+    return replace(gradient().override((RELU, GuidedBackprop()), name="guided_backprop"), conserves=False)
 
 
 def beta_smooth(beta: float = 10.0) -> Composite:
     """The gradient with ReLU smoothed to a softplus of sharpness ``beta``."""
-    return gradient().override((RELU, BetaSmooth(beta=beta)), name="beta_smooth")
+    return replace(gradient().override((RELU, BetaSmooth(beta=beta)), name="beta_smooth"), conserves=False)
 
 
 COMPOSITES: dict[str, Callable[[], Composite]] = {

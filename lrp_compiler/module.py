@@ -15,8 +15,8 @@ from lrp_compiler.options import Options
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import InputKind, Request
 from lrp_compiler.passes.rules.base import Composite
-from lrp_compiler.report import Report, make_report
-from lrp_compiler.seeds import Target
+from lrp_compiler.report import Report, make_report, measured_conservation
+from lrp_compiler.seeds import Predicted, Target
 from lrp_compiler.sites import SiteRef, resolve_sites
 from lrp_compiler.tape import Names, Tape, write_back
 
@@ -162,12 +162,22 @@ class LRPModule(nn.Module):
                 return result
             return result, tape.seeded_output(target, output) - sum(a.flatten(1).sum(1) for a in attributions)
 
-    def report(self, *args: Any, wrt: Names = None, **kwargs: Any) -> Report:
-        """What the compiler made of this kind of call: coverage, rules, promises, buffers, timings, sites."""
+    def report(self, *args: Any, wrt: Names = None, target: Target = None, **kwargs: Any) -> Report:
+        """What the compiler made of this kind of call: coverage, rules, promises, buffers, timings, sites.
+
+        How far relevance is conserved is measured for ``target``, and for a composite that does not claim to conserve
+        also without one, at each sample's largest output.
+        """
         explained = self.explained_call(args, dict(sorted(kwargs.items())), wrt)
         request = default_request(explained, None, self._options)
         stages, executable = self._compiler.emitted(explained, request)
-        return make_report(type(self._model).__name__, stages, executable, explained)
+        assert explained.program.composite is not None
+        conservation = None
+        if target is not None or not explained.program.composite.conserves:
+            with torch.no_grad():
+                _, tape = self.run(*args, wrt=wrt, **kwargs)
+            conservation = measured_conservation(tape.ledger(Predicted() if target is None else target))
+        return make_report(type(self._model).__name__, stages, executable, explained, conservation)
 
     def stages(self, *args: Any, wrt: Names = None, **kwargs: Any) -> tuple[Stage, ...]:
         """Every pass's output for this kind of call; ``str(stage)`` is a Python program."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lrp_compiler.compiled import ExplainedCall
+from lrp_compiler.ledger import Ledger
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.pipeline import Stage
@@ -19,7 +20,8 @@ class Report:
     """Coverage, rules, promises, buffers and timings of one kind of call; ``str()`` is a readable page.
 
     ``rules`` counts ops per (op, rule); ``promises`` the forward values that relevance reads; ``buffers`` where each
-    is kept; ``sites`` every name that ``at=`` takes.
+    is kept; ``sites`` every name that ``at=`` takes; ``conserves`` whether the composite claims that inputs and named
+    sinks make up the output, ``conservation`` what was measured of it.
     """
 
     model: str
@@ -38,6 +40,8 @@ class Report:
     buffers: tuple[Buffer, ...]
     milliseconds: dict[str, float]
     sites: tuple[str, ...]
+    conserves: bool
+    conservation: Conservation | None = None
 
     @property
     def promises(self) -> int:
@@ -74,14 +78,49 @@ class Report:
         ]
         width = max((len(op) for op, _ in self.rules), default=0)
         lines += [f"    {op:<{width}}  {rule:<18} x {count}" for (op, rule), count in self.rules.items()]
+        lines.append("  conserves " + self._conservation())
         if self.stopped:
             lines.append("  stopped   " + ", ".join(f"{op} x {count}" for op, count in self.stopped.items()))
         if self.patterns:
             lines.append("  patterns  " + ", ".join(f"{kind} x {count}" for kind, count in self.patterns.items()))
         return "\n".join(lines)
 
+    def _conservation(self) -> str:
+        claim = "yes: inputs and named sinks make up the output" if self.conserves else "not claimed by this composite"
+        measured = self.conservation
+        if measured is None:
+            return claim
+        sinks = ", ".join(f"{kind} {value:.4g}" for kind, value in measured.sinks.items()) or "none"
+        inputs = f"output {measured.seed:.4g}, inputs {measured.inputs:.4g}"
+        return f"{claim}; {inputs}, sinks {sinks}, missing {measured.gap:.2g}"
 
-def make_report(model: str, stages: tuple[Stage, ...], executable: Executable, explained: ExplainedCall) -> Report:
+
+@dataclass(frozen=True)
+class Conservation:
+    """One relevance pass in sums over the batch: ``seed`` at the output, at the inputs, in each kind of sink."""
+
+    seed: float
+    inputs: float
+    sinks: dict[str, float]
+
+    @property
+    def gap(self) -> float:
+        """What neither inputs nor sinks hold."""
+        return self.seed - self.inputs - sum(self.sinks.values())
+
+
+def measured_conservation(ledger: Ledger) -> Conservation:
+    """The totals of a ledger."""
+    return Conservation(ledger.seed, ledger.inputs, ledger.sink_totals())
+
+
+def make_report(
+    model: str,
+    stages: tuple[Stage, ...],
+    executable: Executable,
+    explained: ExplainedCall,
+    conservation: Conservation | None,
+) -> Report:
     """Collect the report from the stages of one request."""
     program = explained.program
     live = [node for node in forward_nodes(program) if facts(node).live and node.op == "call_function"]
@@ -109,4 +148,6 @@ def make_report(model: str, stages: tuple[Stage, ...], executable: Executable, e
         buffers=executable.program.buffers,
         milliseconds={stage.name: stage.milliseconds for stage in stages},
         sites=tuple(site_table(program)),
+        conserves=composite.conserves,
+        conservation=conservation,
     )

@@ -87,6 +87,17 @@ class LogProbability(Seed):
 
 
 @dataclass(frozen=True)
+class Predicted(Seed):
+    """The largest entry of every sample's output."""
+
+    def seed(self, output: Tensor) -> Tensor:
+        if output.dim() == 0 or output.numel() == 0:
+            return torch.ones_like(output)
+        rows = output.reshape(output.shape[0], -1)
+        return torch.zeros_like(rows).scatter(1, rows.argmax(1, keepdim=True), 1.0).reshape(output.shape)
+
+
+@dataclass(frozen=True)
 class TopK(Seed):
     """The sum of the ``k`` largest entries of a (batch, classes) output."""
 

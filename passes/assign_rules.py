@@ -10,7 +10,7 @@ from lrp_compiler.passes.operation import FOLDED, Operation
 from lrp_compiler.passes.optable import classify, op_name
 from lrp_compiler.passes.program import Pattern, Program, facts, first_argument, forward_nodes, learn, module_path
 from lrp_compiler.passes.rule_tensors import supply_rule_tensors
-from lrp_compiler.passes.rules.base import Composite, Matcher, Rule
+from lrp_compiler.passes.rules.base import Chosen, Composite, Rule
 
 
 def assign_rules(program: Program, composite: Composite) -> Program:
@@ -19,12 +19,23 @@ def assign_rules(program: Program, composite: Composite) -> Program:
     In graph order, since what an op is (linear or bilinear) depends on which operands relevance can flow to.
     Raises UncoveredOpsError listing every live op that no line of the composite matches.
     """
+    chosen = Chosen()
+    assigned, uncovered = _assign(program, composite, chosen)
+    if any(matcher.last for matcher, _ in composite.lines):
+        # Which op is the last to match is known once all have been looked at.
+        assigned, uncovered = _assign(program, composite, Chosen(last=chosen.seen))
+    if uncovered:
+        _refuse(uncovered, composite)
+    return supply_rule_tensors(assigned)
+
+
+def _assign(program: Program, composite: Composite, chosen: Chosen) -> tuple[Program, list[fx.Node]]:
+    """A copy of the program with rules, and the live ops that have none."""
     program = program.fork(composite=composite)
     nodes = program.nodes_by_name()
     sources = {name for found in program.sources.values() for name in found}
     inside = _inside_patterns(program, composite)
     uncovered: list[fx.Node] = []
-    used: set[Matcher] = set()
     for node in forward_nodes(program):
         if not facts(node).live or node.name in inside:
             continue
@@ -34,7 +45,7 @@ def assign_rules(program: Program, composite: Composite) -> Program:
         op = Operation(node, nodes)
         if not op.flowing:
             continue
-        rule = facts(node).rule if op.is_folded else composite.rule_for(op, used)
+        rule = facts(node).rule if op.is_folded else composite.rule_for(op, chosen)
         if rule is None:
             uncovered.append(node)
             learn(node, flows=True)
@@ -42,9 +53,7 @@ def assign_rules(program: Program, composite: Composite) -> Program:
         if rule.folds_batch_norm and not op.is_folded and fold_batch_norm(node, rule, inside):
             continue
         learn(node, rule=rule, flows=bool(rule.receivers(op)))
-    if uncovered:
-        _refuse(uncovered, composite)
-    return supply_rule_tensors(program)
+    return program, uncovered
 
 
 def _inside_patterns(program: Program, composite: Composite) -> set[str]:

@@ -79,6 +79,11 @@ def to_coefficient(relevance: torch.Tensor, value: torch.Tensor) -> torch.Tensor
     return relevance / stabilise(value, CONVERSION_EPSILON)
 
 
+def conversion_loss(relevance: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """R - a c for c = R / stab(a): the stabiliser's share."""
+    return relevance - value * to_coefficient(relevance, value)
+
+
 def total_of(edge: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """(sum(a c), sum |a c|) in float64, for the ledger."""
     return total(masked_product(edge.double(), value.double()))
@@ -105,6 +110,7 @@ class _Inserter:
         self.tuples: dict[fx.Node, dict[int, list[tuple[fx.Node, EdgeKind]]]] = {}
         self.results: list[tuple[Result, fx.Node]] = []
         self.conversions: list[str] = []
+        self.lost: dict[fx.Node, fx.Node] = {}
         self.masks: dict[str, fx.Node] = {}
         self.sources = {name for found in program.sources.values() for name in found}
         self.wanted: dict[str, list[Reading]] = {}
@@ -240,8 +246,11 @@ class _Inserter:
     def converted(self, node: fx.Node, edge: fx.Node, kind: EdgeKind) -> fx.Node:
         """An edge of the other kind: exact towards relevance, stabilised towards coefficients."""
         self.conversions.append(f"{node.name} -> {kind}")
-        convert = on_relevance if kind == "relevance" else to_coefficient
-        return self.emitter(convert, edge, node)  # type: ignore[no-any-return]
+        if kind == "relevance":
+            return self.emitter(on_relevance, edge, node)  # type: ignore[no-any-return]
+        if self.request.sinks or self.request.ledger:
+            self.lost[node] = self.emitter(conversion_loss, edge, node)
+        return self.emitter(to_coefficient, edge, node)  # type: ignore[no-any-return]
 
     def read_out(self, node: fx.Node) -> None:
         for kind in self.wanted[node.name]:
@@ -309,6 +318,10 @@ class _Inserter:
             if part is not None:
                 value = site.output(index) if isinstance(edge, list) else site.node
                 self.add_total(Result("given", site.op.name, str(rule)), part, value, rule)
+                if value in self.lost:
+                    self.results.append(
+                        (Result("given", site.op.name, str(rule)), self.emitter(total, self.lost[value]))
+                    )
         for operand, made in edges.items():
             self.add_total(Result("taken", site.op.name, operand.node.name), made, operand.node, rule)
 
@@ -317,5 +330,9 @@ class _Inserter:
         self.results.append((result, made))
 
     def enter_sinks(self, site: Site, rule: Rule, edge: Any, edges: dict[Operand, fx.Node]) -> None:
+        values = site.float_outputs().values() if isinstance(edge, list) else [site.node]
+        for number, value in enumerate(value for value in values if value in self.lost):
+            kind = f"conversion_{number}" if number else "conversion"
+            self.results.append((Result("sink", site.op.name, kind), self.lost[value]))
         for kind, made in rule.sinks(site, edge, edges).items():
             self.results.append((Result("sink", site.op.name, kind), made))

@@ -44,7 +44,7 @@ def translate(composite: Any, model: nn.Module) -> Composite:
             lines += _lines(name, hook, folded)
     name = type(composite).__name__
     if any(type(hook).__name__ in GRADIENT_HOOKS for _, hook in hooks):
-        return Composite(name, (*lines, (on(), Gradient())), readout="coefficient", patterns=False)
+        return Composite(name, (*lines, (on(), Gradient())), readout="coefficient", conserves=False, patterns=False)
     return Composite(name, (*lines, *BASE))
 
 

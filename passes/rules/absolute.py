@@ -42,10 +42,13 @@ class AbsoluteAdd(Rule):
 
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
         op = site.op
-        if op_name(site.node) == "aten::neg" or len(op.flowing) > 1:
-            return {}
-        (flowing,) = op.flowing
         factors = self._factors(op)
+        if op_name(site.node) == "aten::neg":
+            return {"epsilon": site.emit(stabilised_share, edge, site.node, site.node)}
+        if len(op.flowing) > 1:
+            sizes = site.emit(added_sizes, op.flowing[0].node, site.node, factors[op.flowing[0].argument])
+            return {"epsilon": site.emit(stabilised_share, edge, site.node, sizes)}
+        (flowing,) = op.flowing
         return {"credited": site.emit(credited_rest, edge, flowing.node, site.node, factors[flowing.argument])}
 
     def _factors(self, op: Operation) -> dict[Any, float]:
@@ -56,11 +59,26 @@ class AbsoluteAdd(Rule):
         return {"aten::sub": {0: 1.0, 1: -alpha}, "aten::rsub": {0: -alpha, 1: 1.0}}.get(name, {0: 1.0, 1: alpha})
 
 
+def added_sizes(one: Tensor, z: Tensor, factor: float) -> Tensor:
+    """|t| + |z - t| of a sum's two terms."""
+    return (factor * one).abs() + (z - factor * one).abs()
+
+
+def multiplied_sizes(one: Tensor, other: Tensor) -> Tensor:
+    """|a| + |b|."""
+    return one.abs() + other.abs()
+
+
+def stabilised_share(c: Tensor, y: Tensor, sizes: Tensor) -> Tensor:
+    """R epsilon / (sizes + epsilon): what the stabiliser of shares by magnitude keeps."""
+    return c * y * (EPSILON / (sizes.abs() + EPSILON))
+
+
 def credited_rest(c: Tensor, one: Tensor, z: Tensor, factor: float) -> Tensor:
-    """What the other addend, k = z - factor * one, is credited with: R |k| / (|k| + |z - k|)."""
+    """What the other addend, k = z - factor * one, is credited with, R |k| / (|k| + |z - k|), and the stabiliser."""
     term = factor * one
     size = (z - term).abs()
-    return c * z * size / (size + term.abs() + EPSILON)
+    return c * z * (size + EPSILON) / (size + term.abs() + EPSILON)
 
 
 def multiplied_share(c: Tensor, one: Tensor, other: Tensor) -> Tensor:
@@ -82,6 +100,13 @@ class AbsoluteMultiply(Rule):
         pairs = ((left, right), (right, left))
         return {one: site.emit(multiplied_share, edge, one.node, other.node) for one, other in pairs}
 
+    def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
+        factors = site.op.flowing_factors
+        if len(factors) < 2:
+            return {}
+        sizes = site.emit(multiplied_sizes, *(factor.node for factor in factors))
+        return {"epsilon": site.emit(stabilised_share, edge, site.node, sizes)}
+
 
 def summed_share(target: Any, c: Tensor, x: Tensor, y: Tensor, args: Any, kwargs: Any) -> Tensor:
     """c_x = sgn(x) y / f(|x|) VJP_f(c) for a sum or mean f: shares by magnitude."""
@@ -101,6 +126,17 @@ class AbsoluteSum(Rule):
         (receiver,) = self.receivers(site.op)
         arguments = (site.node.target, edge, receiver.node, site.node, list(site.op.args[1:]), dict(site.op.kwargs))
         return {receiver: site.emit(summed_share, *arguments, autograd=True)}
+
+    def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
+        (receiver,) = self.receivers(site.op)
+        arguments = (site.node.target, receiver.node, list(site.op.args[1:]), dict(site.op.kwargs))
+        return {"epsilon": site.emit(stabilised_share, edge, site.node, site.emit(summed_sizes, *arguments))}
+
+
+def summed_sizes(target: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """f(|x|) of a sum or mean f."""
+    size: Tensor = target(x.abs(), *args, **kwargs)
+    return size
 
 
 def credited_linear(lin: LinearMap, operands: Any, c: Tensor, z: Tensor) -> Tensor:

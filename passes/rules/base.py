@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, fx
 
 from lrp_compiler.passes.errors import OptionValueError
 from lrp_compiler.passes.optable import OpClass, op_name
-from lrp_compiler.passes.program import module_path
+from lrp_compiler.passes.program import facts, module_path
 
 if TYPE_CHECKING:
     from lrp_compiler.passes.operation import Operand, Operation
@@ -76,16 +76,19 @@ class Matcher:
     """Which ops a composite's line is for: every condition that is given has to hold.
 
     ``target`` is a table name such as ``aten::relu``; ``path`` a glob over module paths; ``module_type`` the class
-    name of an enclosing module; ``where`` any further test of the operation; ``first`` takes only the first op, in
-    graph order, that meets the rest.
+    name of an enclosing module; ``non_negative`` whether the first value that relevance flows to is known not to be
+    negative; ``where`` any further test of the operation; ``first`` and ``last`` take only the first or last op, in
+    graph order, that meets the rest and has no earlier line.
     """
 
     op_classes: frozenset[OpClass] | None = None
     target: str | None = None
     path: str | None = None
     module_type: str | None = None
+    non_negative: bool | None = None
     where: Callable[[Operation], bool] | None = None
     first: bool = False
+    last: bool = False
 
     def matches(self, op: Operation) -> bool:
         node = op.node
@@ -94,8 +97,13 @@ class Matcher:
             and (self.target is None or op_name(node) == self.target)
             and (self.path is None or fnmatch.fnmatchcase(module_path(node), self.path))
             and (self.module_type is None or self.module_type in _enclosing_types(node))
+            and (self.non_negative is None or self.non_negative == _reads_non_negative(op))
             and (self.where is None or self.where(op))
         )
+
+
+def _reads_non_negative(op: Operation) -> bool:
+    return facts(op.flowing[0].node).non_negative
 
 
 def _enclosing_types(node: fx.Node) -> set[str]:
@@ -106,6 +114,24 @@ def _enclosing_types(node: fx.Node) -> set[str]:
 def on(*op_classes: OpClass, **conditions: Any) -> Matcher:
     """A matcher for ops of these classes."""
     return Matcher(op_classes=frozenset(op_classes) if op_classes else None, **conditions)
+
+
+@dataclass
+class Chosen:
+    """Which op each first and last matcher takes; ``last`` is known only after every op has been seen once."""
+
+    first: dict[Matcher, str] = field(default_factory=dict)
+    last: dict[Matcher, str] = field(default_factory=dict)
+    seen: dict[Matcher, str] = field(default_factory=dict)
+
+    def takes(self, matcher: Matcher, op: Operation) -> bool:
+        """Whether ``matcher``, which matches ``op``, is the one to decide on it."""
+        if matcher.first:
+            return self.first.setdefault(matcher, op.name) == op.name
+        if matcher.last:
+            self.seen[matcher] = op.name
+            return self.last.get(matcher) == op.name
+        return True
 
 
 @dataclass(frozen=True)
@@ -124,11 +150,10 @@ class Composite:
     patterns: bool = True
     reason: str = ""
 
-    def rule_for(self, op: Operation, used: set[Matcher]) -> Rule | None:
-        """The rule of the first line that matches, or None; ``used`` remembers matchers that take one op only."""
+    def rule_for(self, op: Operation, chosen: Chosen) -> Rule | None:
+        """The rule of the first line that matches, or None; ``chosen`` knows the ops that matchers of one op take."""
         for matcher, rule in self.lines:
-            if matcher.matches(op) and not (matcher.first and matcher in used):
-                used.add(matcher)
+            if matcher.matches(op) and chosen.takes(matcher, op):
                 return rule
         return None
 
