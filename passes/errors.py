@@ -157,6 +157,12 @@ class DerivativeError(LRPError):
     hint = "Give the op a rule of its own: rules={{op: function}} or @lrp_compiler.register_rule."
 
 
+class BaselineError(LRPError):
+    id = "LRP025"
+    template = "baseline of '{name}': {cause}"
+    hint = "{remedy}"
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")
