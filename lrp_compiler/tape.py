@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +145,7 @@ class Tape:
         """
         leaves = self._amounts()
         return sum(  # type: ignore[return-value]
-            (seed * leaves[index]).reshape(seed.shape[0] if seed.dim() else 1, -1).sum(1)
+            (seed * leaves[index]).reshape(seed.shape[0] if seed.dim() else 1, math.prod(seed.shape[1:])).sum(1)
             for index, seed in self._seeds(target, output).items()
         )
 

@@ -69,7 +69,9 @@ def mlp(activation: Callable[[], nn.Module]) -> nn.Module:
 
 
 def max_pool_1d() -> nn.Module:
-    return nn.Sequential(nn.Conv1d(2, 5, 3), nn.MaxPool1d(2), Copy(), nn.Sigmoid(), nn.Flatten(), nn.Linear(10, CLASSES))
+    return nn.Sequential(
+        nn.Conv1d(2, 5, 3), nn.MaxPool1d(2), Copy(), nn.Sigmoid(), nn.Flatten(), nn.Linear(10, CLASSES)
+    )
 
 
 ACTIVATIONS = (nn.ReLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.LeakyReLU, nn.Softplus)
