@@ -162,6 +162,36 @@ def pooled_difference(
     return flat.scatter_add(-1, winners, shares).view(x.shape)
 
 
+def extreme_difference(
+    c: Tensor, x: Tensor, x0: Tensor, y: Tensor, y0: Tensor, dims: list[int], keepdim: bool, sign: int
+) -> Tensor:
+    """c_x of max (``sign`` 1) or min (-1) over ``dims``, all if there are none: as in pooling, one window per row."""
+    places = [dim % x.dim() for dim in dims] or list(range(x.dim()))
+    last = list(range(x.dim() - len(places), x.dim()))
+    if keepdim:
+        c, y, y0 = (value.squeeze(places) for value in (c, y, y0))
+    rows, rows0 = (value.movedim(places, last).flatten(last[0]) for value in (x, x0))
+    winners = torch.where(sign * y >= sign * y0, (sign * rows).argmax(-1), (sign * rows0).argmax(-1)).unsqueeze(-1)
+    moved = difference(rows, rows0).gather(-1, winners)
+    change = difference(y, y0).unsqueeze(-1)
+    shares = c.unsqueeze(-1) * quotient(change, moved, torch.ones_like(moved))
+    made = c.new_zeros(rows.shape).scatter(-1, winners, shares)
+    return made.view([*rows.shape[:-1], *(x.shape[place] for place in places)]).movedim(last, places)
+
+
+def larger_shares(
+    c: Tensor, a: Tensor, a0: Tensor, b: Tensor, b0: Tensor, y: Tensor, y0: Tensor, sign: int
+) -> tuple[Tensor, Tensor]:
+    """(c_a, c_b) of the elementwise maximum (``sign`` 1) or minimum (-1) of a and b; ties go to a."""
+    first_wins = torch.where(sign * y >= sign * y0, sign * a >= sign * b, sign * a0 >= sign * b0)
+    made = []
+    for wins, value, reference in ((first_wins, a, a0), (~first_wins, b, b0)):
+        moved = difference(value, reference).expand(y.shape)
+        share = c * quotient(difference(y, y0), moved, torch.ones_like(moved))
+        made.append(torch.where(wins, share, 0).sum_to_size(value.shape))
+    return made[0], made[1]
+
+
 def attention_difference(
     c: Tensor,
     runs: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]],

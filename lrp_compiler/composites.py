@@ -14,6 +14,7 @@ from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
 from lrp_compiler.passes.rules.base import Composite, Matcher, Rule, on
 from lrp_compiler.passes.rules.difference import (
     AttentionDifference,
+    ExtremeDifference,
     MaxPoolDifference,
     Midpoint,
     NormDifference,
@@ -25,6 +26,7 @@ from lrp_compiler.passes.rules.difference import (
     Transpose,
     attends_alike,
     is_elementwise,
+    is_extreme,
     is_log_sum_exp,
     is_max_pool,
     is_quotient,
@@ -220,6 +222,7 @@ def deep_lift() -> Composite:
         (on(where=is_root_of_squares), RootOfSquares()),
         (norms, NormDifference()),
         (on(where=is_max_pool), MaxPoolDifference()),
+        (on(where=is_extreme), ExtremeDifference()),
         (on(OpClass.SOFTMAX, where=varies_in_input), SoftmaxDifference()),
         (on(where=is_log_sum_exp), SoftmaxDifference()),
         (on(OpClass.ATTENTION, where=attends_alike), AttentionDifference()),

@@ -6,6 +6,7 @@ from lrp_compiler.passes.rules.base import Matcher, Rule, on
 from lrp_compiler.passes.rules.difference import (
     AttentionDifference,
     DifferenceRule,
+    ExtremeDifference,
     MaxPoolDifference,
     Midpoint,
     NormalisedRescale,
@@ -41,6 +42,7 @@ __all__ = [
     "DeconvNet",
     "DifferenceRule",
     "Epsilon",
+    "ExtremeDifference",
     "Flat",
     "Gamma",
     "Gradient",

@@ -84,7 +84,8 @@ class Tape:
         ``at`` is an input, a submodule path or an op name (or a list or glob of those); None means every attributed
         input. One name gives a tensor of the site's shape; a list, a glob or several inputs give a dict. Token
         inputs give (batch, tokens), summed over the embedding dimension in float32 or wider, or with
-        ``per_dimension`` (batch, tokens, dim). Composite ``gradient`` gives gradients instead.
+        ``per_dimension`` (batch, tokens, dim). Composite ``gradient`` gives gradients instead; with ``deep_lift``
+        relevance is a share of how the target differs from the reference run.
 
         ``through`` maps sites to masks that broadcast to their shape: only what passes the masked-in channels, heads,
         tokens or neurons is handed on (Concept Relevance Propagation, Achtibat et al. 2023).

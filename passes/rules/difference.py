@@ -32,6 +32,12 @@ MAX_POOLS = {
 }
 """Pooling that returns indices, by its number of spatial dimensions."""
 
+EXTREMES = {
+    **dict.fromkeys(("aten::max", "aten::amax", "aten::maximum"), 1),
+    **dict.fromkeys(("aten::min", "aten::amin", "aten::minimum"), -1),
+}
+"""Maxima by 1 and minima by -1."""
+
 
 def varies_in_values(op: Operation) -> bool:
     """Whether the two runs call the op with the same indices and conditions."""
@@ -71,6 +77,11 @@ def is_root_of_squares(op: Operation) -> bool:
 def is_max_pool(op: Operation) -> bool:
     """Whether an op is max pooling that says where its winners are."""
     return op_name(op.node) in MAX_POOLS and varies_in_input(op)
+
+
+def is_extreme(op: Operation) -> bool:
+    """Whether an op is a maximum or minimum, of a tensor or of two."""
+    return op_name(op.node) in EXTREMES and op.selects_alike and tensor_of(op.args[0]).dim() > 0
 
 
 def is_log_sum_exp(op: Operation) -> bool:
@@ -285,6 +296,25 @@ class MaxPoolDifference(DifferenceRule):
         y, indices = (pair(site, site.output(index)) for index in (0, 1))
         arguments = (*pair(site, operand.node), *y, *indices, MAX_POOLS[op_name(site.node)])
         return {operand: site.emit(kernels.pooled_difference, edge[0], *arguments)}
+
+
+@dataclass(frozen=True)
+class ExtremeDifference(DifferenceRule):
+    """Maxima and minima as max pooling: the change goes to the winner of the run with the more extreme one."""
+
+    name: ClassVar[str] = "extreme_difference"
+
+    def shares(self, site: Site, edge: Any, operands: tuple[Operand, ...]) -> Edges:
+        args, sign = site.op.args, EXTREMES[op_name(site.node)]
+        if len(args) > 1 and isinstance(args[1], fx.Node):
+            runs = (*pair(site, args[0]), *pair(site, args[1]), *pair(site, site.node))
+            made = site.emit(kernels.larger_shares, edge, *runs, sign)
+            return {operand: made[operand.argument] for operand in operands}
+        (operand,) = operands
+        y, c = (site.output(0), edge[0]) if isinstance(edge, list) else (site.node, edge)
+        dims = args[1] if len(args) > 1 else []
+        options = (dims if isinstance(dims, list) else [dims], bool(site.op.argument(2, "keepdim", False)), sign)
+        return {operand: site.emit(kernels.extreme_difference, c, *pair(site, operand.node), *pair(site, y), *options)}
 
 
 @dataclass(frozen=True)

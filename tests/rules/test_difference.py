@@ -112,6 +112,14 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "max pool": (lambda x: F.max_pool2d(x, 3, 2, 1), (IMAGE,)),
     "adaptive max pool": (lambda x: F.adaptive_max_pool2d(x, 4), (IMAGE,)),
     "max pool 1d": (lambda x: F.max_pool1d(x, 2, 1), (WIDE,)),
+    "maximum": (torch.maximum, (X, ROW)),
+    "minimum": (torch.minimum, (ROW, X)),
+    "maximum of a constant": (lambda x: torch.max(x, torch.full_like(x, 0.1)), (X,)),
+    "max": (lambda x: x.max(1).values, (WIDE,)),
+    "min": (lambda x: x.min(-1, keepdim=True)[0], (WIDE,)),
+    "max of all": (lambda x: x.max().view(1), (WIDE,)),
+    "amax": (lambda x: x.amax((0, 2)), (WIDE,)),
+    "amin": (lambda x: x.amin((2, 1), keepdim=True), (WIDE,)),
     "movement": (lambda a, b: torch.cat([a, b.expand_as(a)], 1).transpose(0, 1).flip(0)[1:], (X, ROW)),
     "masked": (lambda x: x.masked_fill(torch.eye(3, 4, dtype=torch.bool), 5.0), (X,)),
 }
@@ -176,6 +184,19 @@ def test_products_and_quotients_by_hand() -> None:
     found = coefficients(tape_of(torch.div, [a, b], [a0, b0]), seed)
     for made, expected in zip(found, (seed * (1 / b + 1 / b0) / 2, -seed * (a + a0) / (2 * b * b0)), strict=True):
         assert relative_error(made, expected) <= FLOAT64
+
+
+def test_extremes_give_their_change_to_the_winner_of_the_more_extreme_run() -> None:
+    x = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 0.5]]).double()
+    x0 = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 1.0]]).double()
+    expected = torch.tensor([[1.0, 0.0, 0.0], [-3.0, 0.0, 0.0]]).double()
+    for fn, sign in ((lambda x: x.max(1)[0], 1), (lambda x: x.amax(1), 1), (lambda x: x.amin(1), -1)):
+        found = tape_of(fn, [sign * x], [sign * x0]).relevance(torch.ones(2).double())
+        torch.testing.assert_close(found, sign * expected)
+    a, b = x.unbind(1)[:2]
+    a0, b0 = x0.unbind(1)[:2]
+    found = relevances(tape_of(torch.maximum, [a, b], [a0, b0]), torch.ones(2).double())
+    torch.testing.assert_close(torch.stack(found), torch.tensor([[1.0, -3.0], [0.0, 0.0]]).double())
 
 
 def softmax_multipliers(x: Tensor, x0: Tensor) -> Tensor:
@@ -277,7 +298,7 @@ BASELINES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", BASELINES)
 def test_networks_are_complete(name: str) -> None:
     case = zoo.build(name, double=True)
-    out, tape = compile_for_lrp(case.model, "deep_lift").run(*case.args, baselines=BASELINES[name], **case.kwargs)
+    _, tape = compile_for_lrp(case.model, "deep_lift").run(*case.args, baselines=BASELINES[name], **case.kwargs)
     ledger = tape.ledger(case.target)
     ledger.check()
     assert abs(ledger.gap) <= FLOAT64 * abs(ledger.seed) and ledger.sinks == 0
@@ -360,8 +381,7 @@ def test_captums_softmax_leaves_its_residual_in_a_sink() -> None:
 REFUSED: dict[str, tuple[Callable[..., Tensor], int]] = {
     "aten::where": (lambda x: torch.where(x > 0, x, 0.1 * x), 1),
     "aten::gather": (lambda x: x.gather(1, x.argsort(1)), 1),
-    "aten::maximum": (torch.maximum, 2),
-    "aten::amax": (lambda x: x.amax(1), 1),
+    "aten::topk": (lambda x: x.topk(2, 1).values, 1),
     "aten::pow": (lambda a, b: torch.pow(a.abs() + 1, b), 2),
     "aten::layer_norm": (lambda x, w: F.layer_norm(x, (4,), w), 2),
     "aten::div": (lambda x: torch.div(x, x.exp(), rounding_mode="floor"), 1),
