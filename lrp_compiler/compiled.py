@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.composites import AUTO, choose_composite, composite_named
 from lrp_compiler.options import Options
 from lrp_compiler.passes.codegen import Executable
-from lrp_compiler.passes.errors import DeviceMismatchError, OutputError
+from lrp_compiler.passes.errors import DeviceMismatchError, OptionValueError, OutputError
 from lrp_compiler.passes.pipeline import (
     Stage,
     capture_call,
@@ -80,7 +80,7 @@ class CompiledCall:
 
     captured: tuple[Stage, ...]
     forward: Executable
-    explained: dict[tuple[str, ...] | None, ExplainedCall] = field(default_factory=dict)
+    explained: dict[tuple[tuple[str, ...] | None, tuple[str, ...]], ExplainedCall] = field(default_factory=dict)
 
 
 class Compiler:
@@ -89,6 +89,9 @@ class Compiler:
     def __init__(self, composite: str | Composite, options: Options) -> None:
         self.composite = composite_named(composite) if isinstance(composite, str) and composite != AUTO else composite
         self.options = options
+        if isinstance(self.composite, Composite) and self.composite.against_reference and options.reference:
+            cause = f"the interpreter has no formulas for the differences that '{self.composite.name}' explains"
+            raise OptionValueError(name="reference", value=True, cause=cause)
         self._calls: dict[Any, CompiledCall] = {}
         self._lock = threading.RLock()
 
@@ -114,12 +117,18 @@ class Compiler:
         modes = (grad_enabled,) if depends_on_grad_mode(captured) else (False, True)
         self._calls.update({(key, mode): compiled for mode in modes})
 
-    def explain(self, call: CompiledCall, attributed: tuple[str, ...] | None) -> ExplainedCall:
-        """``call`` with rules assigned for these attributed inputs (None: every input that can be)."""
+    def explain(
+        self, call: CompiledCall, attributed: tuple[str, ...] | None, varied: tuple[str, ...] = ()
+    ) -> ExplainedCall:
+        """``call`` with rules assigned for these attributed inputs (None: every input that can be).
+
+        ``varied`` names the inputs that a reference run changes beside them.
+        """
+        key = (attributed, tuple(name for name in varied if name not in (attributed or ())))
         with self._lock:
-            if attributed not in call.explained:
-                call.explained[attributed] = ExplainedCall(explain(call.captured, attributed, self._choose))
-            return call.explained[attributed]
+            if key not in call.explained:
+                call.explained[key] = ExplainedCall(explain(call.captured, *key, self._choose))
+            return call.explained[key]
 
     def emitted(self, explained: ExplainedCall, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """Stages and code for one request."""

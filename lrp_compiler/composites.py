@@ -15,6 +15,29 @@ from lrp_compiler.passes.program import Program, facts, forward_nodes
 from lrp_compiler.passes.rules.absolute import AbsoluteAdd, AbsoluteMultiply, AbsoluteSum, CreditedBias, NormIdentity
 from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
 from lrp_compiler.passes.rules.base import Composite, Matcher, Rule, on
+from lrp_compiler.passes.rules.difference import (
+    AttentionDifference,
+    ExtremeDifference,
+    MaxPoolDifference,
+    Midpoint,
+    NormDifference,
+    Quadratic,
+    Quotient,
+    Rescale,
+    RootOfSquares,
+    SoftmaxDifference,
+    Transpose,
+    attends_alike,
+    is_elementwise,
+    is_extreme,
+    is_log_sum_exp,
+    is_max_pool,
+    is_quotient,
+    is_root_of_squares,
+    is_variance,
+    varies_in_input,
+    varies_in_values,
+)
 from lrp_compiler.passes.rules.elementwise import (
     BetaSmooth,
     DeconvNet,
@@ -273,6 +296,31 @@ def beta_smooth(beta: float = 10.0) -> Composite:
     return replace(gradient().override((RELU, BetaSmooth(beta=beta)), name="beta_smooth"), conserves=False)
 
 
+def deep_lift() -> Composite:
+    """DeepLIFT's rescale rule (Shrikumar et al., ICML 2017): what makes the output differ from a reference run's.
+
+    Needs a reference run: ``baselines`` of ``run`` and ``attribute``, zeros where none are given. Products, quotients,
+    norms, softmax and attention have exact rules too; an op without one is refused.
+    """
+    affine = on(OpClass.ADD, OpClass.MOVEMENT, OpClass.REDUCTION, OpClass.TUPLE, where=varies_in_values)
+    norms = on(OpClass.NORM, OpClass.RMS_NORM, OpClass.BATCH_NORM, where=varies_in_input)
+    lines: Lines = (
+        (on(OpClass.LINEAR, OpClass.BILINEAR, OpClass.MULTIPLY, where=varies_in_values), Midpoint()),
+        (affine, Transpose()),
+        (on(where=is_quotient), Quotient()),
+        (on(where=is_elementwise), Rescale()),
+        (on(where=is_variance), Quadratic()),
+        (on(where=is_root_of_squares), RootOfSquares()),
+        (norms, NormDifference()),
+        (on(where=is_max_pool), MaxPoolDifference()),
+        (on(where=is_extreme), ExtremeDifference()),
+        (on(OpClass.SOFTMAX, where=varies_in_input), SoftmaxDifference()),
+        (on(where=is_log_sum_exp), SoftmaxDifference()),
+        (on(OpClass.ATTENTION, where=attends_alike), AttentionDifference()),
+    )
+    return Composite("deep_lift", lines, against_reference=True)
+
+
 COMPOSITES: dict[str, Callable[[], Composite]] = {
     "attnlrp": attnlrp,
     "cp_lrp": cp_lrp,
@@ -298,6 +346,7 @@ COMPOSITES: dict[str, Callable[[], Composite]] = {
     "beta_smooth": beta_smooth,
     "input_x_gradient": input_x_gradient,
     "gradient": gradient,
+    "deep_lift": deep_lift,
 }
 """Composite names as compile_for_lrp takes them."""
 

@@ -1,6 +1,7 @@
 """Every error the compiler raises: a class each, with an id, a cause, the user's source line and a hint."""
 
 from lrp_compiler.passes.errors import (
+    BaselineError,
     CaptureError,
     DerivativeError,
     DeviceMismatchError,
@@ -26,6 +27,7 @@ from lrp_compiler.passes.errors import (
 )
 
 __all__ = [
+    "BaselineError",
     "CaptureError",
     "DerivativeError",
     "DeviceMismatchError",

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.baselines import Baseline, Baselines, named_inputs, reference_inputs
 from lrp_compiler.compiled import Compiler, ExplainedCall, graph_inputs, rebuild_output
 from lrp_compiler.options import Options
+from lrp_compiler.passes.errors import BaselineError
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import InputKind, Request
 from lrp_compiler.passes.rules.base import Composite
@@ -115,18 +117,26 @@ class LRPModule(nn.Module):
         *args: Any,
         at: Names = None,
         wrt: str | list[str] | tuple[str, ...] | None = None,
+        baselines: Baselines = None,
         **kwargs: Any,
     ) -> tuple[Any, Tape]:
         """One forward pass of ``model(*args, **kwargs)``, kept: ``(output, tape)``.
 
         ``at`` names the sites that will be asked for (others work too, at the price of a second forward pass);
         ``wrt`` names the attributed inputs, None meaning every float input and every token input.
+
+        ``baselines`` are the inputs of the reference run that ``deep_lift`` explains the difference from: a number or
+        a tensor that broadcasts to the attributed input, or a dict of those by input name; None is zeros. Token ids
+        need ids. Inputs that are neither attributed nor named keep their value. The reference run repeats this run's
+        random numbers and updates no buffers. Raises BaselineError.
         """
         kwargs = dict(sorted(kwargs.items()))
-        explained = self.explained_call(args, kwargs, wrt)
+        explained = self.explained_call(args, kwargs, wrt, named_inputs(baselines))
+        inputs = graph_inputs(explained.program, self._model, args, kwargs)
+        reference = reference_inputs(explained.program, inputs, baselines)
         request = default_request(explained, at, self._options)
         tape = Tape(self._model, self._compiler, explained, request)
-        leaves = tape.record(graph_inputs(explained.program, self._model, args, kwargs))
+        leaves = tape.record(inputs, reference)
         return rebuild_output(explained.program, leaves), tape
 
     def attribute(
@@ -135,6 +145,7 @@ class LRPModule(nn.Module):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
+        baselines: Baseline | tuple[Baseline, ...] = None,
         forward_kwargs: dict[str, Any] | None = None,
         output: str | None = None,
         per_dimension: bool = False,
@@ -145,7 +156,9 @@ class LRPModule(nn.Module):
         Calls ``model(*inputs, *additional_forward_args, **forward_kwargs)`` and attributes ``inputs`` alone. A
         tensor gives a tensor, a tuple a tuple, each of its input's shape; token ids give (batch, tokens), or with
         ``per_dimension`` (batch, tokens, dim). ``return_convergence_delta`` adds, per sample, the seeded output
-        minus the sum of all attributions. Raises what ``Tape.relevance`` raises.
+        minus the sum of all attributions; with ``deep_lift`` the seeded output's difference from that of the
+        reference run on ``baselines`` (one for each of ``inputs``, as in ``run``). Raises what ``run`` and
+        ``Tape.relevance`` raise.
         """
         single = isinstance(inputs, Tensor)
         given: tuple[Any, ...] = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
@@ -154,7 +167,8 @@ class LRPModule(nn.Module):
         args, kwargs = (*given, *more), dict(sorted((forward_kwargs or {}).items()))
         with torch.no_grad():
             names = self._user_names(args, kwargs)[: len(pytree.tree_leaves(given))]
-            _, tape = self.run(*args, wrt=names, **kwargs)
+            references = _by_name(baselines, names)
+            _, tape = self.run(*args, wrt=names, baselines=references, **kwargs)
             found = tape.relevance(target, at=names, output=output, per_dimension=per_dimension)
             attributions = tuple(found[name] for name in names)
             result = attributions[0] if single else attributions
@@ -184,16 +198,31 @@ class LRPModule(nn.Module):
         explained = self.explained_call(args, dict(sorted(kwargs.items())), wrt)
         return self._compiler.emitted(explained, default_request(explained, None, self._options))[0]
 
-    def explained_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], wrt: Names = None) -> ExplainedCall:
-        """The compiled form of ``model(*args, **kwargs)`` with rules for the inputs ``wrt``."""
+    def explained_call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], wrt: Names = None, varied: tuple[str, ...] = ()
+    ) -> ExplainedCall:
+        """The compiled form of ``model(*args, **kwargs)`` with rules for the inputs ``wrt``.
+
+        The inputs ``varied`` may have other values in a reference run.
+        """
         call = self._compiler.call(self._model, args, kwargs)
         attributed = None if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
-        return self._compiler.explain(call, attributed)
+        return self._compiler.explain(call, attributed, varied)
 
     def _user_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """The names of the argument leaves, as the model's forward calls them."""
         program = self._compiler.call(self._model, args, kwargs).captured[-1].program
         return [spec.target for spec in program.inputs if spec.kind is InputKind.USER]
+
+
+def _by_name(baselines: Any, names: list[str]) -> Baselines:
+    """Baselines as ``attribute`` takes them, by input name; raises BaselineError."""
+    if not isinstance(baselines, (tuple, list)):
+        return baselines  # type: ignore[no-any-return]
+    if len(baselines) != len(names):
+        cause = f"{len(baselines)} for {len(names)} input(s)"
+        raise BaselineError(name="baselines", cause=cause, remedy="Give one baseline for each input.")
+    return dict(zip(names, baselines, strict=True))
 
 
 def default_request(explained: ExplainedCall, at: Names, options: Options) -> Request:

@@ -11,7 +11,7 @@ from lrp_compiler.ledger import Ledger
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.pipeline import Stage
-from lrp_compiler.passes.program import Buffer, facts, forward_nodes
+from lrp_compiler.passes.program import Buffer, BufferKind, facts, forward_nodes
 from lrp_compiler.sites import site_table
 
 
@@ -71,7 +71,7 @@ class Report:
             f"  ops       {self.forward_ops} forward, {self.live_ops} on the path of relevance, all covered;"
             f" {self.relevance_ops} relevance ops",
             f"  promises  {self.promises}: {kinds['saved']} saved ({self.saved_bytes:,} B), {kinds['view']} views,"
-            f" {kinds['free']} free; {len(self.conversions)} edge conversions",
+            f" {kinds['free']} free{_of_reference(kinds)}; {len(self.conversions)} edge conversions",
             f"  passes    {sum(self.milliseconds.values()):.0f} ms: "
             + ", ".join(f"{name} {ms:.0f}" for name, ms in self.milliseconds.items()),
             "  rules",
@@ -93,6 +93,11 @@ class Report:
         sinks = ", ".join(f"{kind} {value:.4g}" for kind, value in measured.sinks.items()) or "none"
         inputs = f"output {measured.seed:.4g}, inputs {measured.inputs:.4g}"
         return f"{claim}; {inputs}, sinks {sinks}, missing {measured.gap:.2g}"
+
+
+def _of_reference(kinds: Counter[BufferKind]) -> str:
+    """How many values are of the reference run, if there is one."""
+    return f", {kinds['reference']} of the reference run" if kinds["reference"] else ""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class Tape:
     """The values one forward pass left for relevance.
 
     Made by ``LRPModule.run``. Values a later question needs and the pass did not keep are recomputed from its inputs
-    with the same random numbers; parameters that changed since raise StaleTapeError.
+    with the same random numbers; parameters that changed since raise StaleTapeError. The reference run of composites
+    that need one is made once, when first asked for.
     """
 
     def __init__(self, model: nn.Module, compiler: Compiler, call: ExplainedCall, request: Request) -> None:
@@ -44,6 +46,9 @@ class Tape:
         self._request = request
         self._inputs: dict[str, Any] = {}
         self._saved: dict[str, Tensor] = {}
+        self._reference_inputs: dict[str, Tensor] = {}
+        self._references: dict[str, Tensor] = {}
+        self._reference_leaves: list[Tensor] = []
         self._versions: dict[str, int | None] = {}
         self._leaves: list[Tensor] = []
         self._rng: Tensor | None = None
@@ -53,8 +58,12 @@ class Tape:
         """The compiled program behind this tape."""
         return self._call.program
 
-    def record(self, inputs: list[Any]) -> list[Any]:
-        """Run the forward pass on the graph's inputs; returns the output leaves that are tensors."""
+    def record(self, inputs: list[Any], reference: dict[str, Tensor]) -> list[Any]:
+        """Run the forward pass on the graph's inputs; returns the output leaves that are tensors.
+
+        ``reference`` holds the inputs that differ in the reference run, by node name.
+        """
+        self._reference_inputs = reference
         executable = self._compiler.emitted(self._call, self._request)[1]
         self._inputs = _protected(self.program, inputs)
         self._rng = torch.get_rng_state() if self._call.is_random else None
@@ -80,7 +89,8 @@ class Tape:
         ``at`` is an input, a submodule path or an op name (or a list or glob of those); None means every attributed
         input. One name gives a tensor of the site's shape; a list, a glob or several inputs give a dict. Token
         inputs give (batch, tokens), summed over the embedding dimension in float32 or wider, or with
-        ``per_dimension`` (batch, tokens, dim). Composite ``gradient`` gives gradients instead.
+        ``per_dimension`` (batch, tokens, dim). Composite ``gradient`` gives gradients instead; with ``deep_lift``
+        relevance is a share of how the target differs from the reference run.
 
         ``through`` maps sites to masks that broadcast to their shape: only what passes the masked-in channels, heads,
         tokens or neurons is handed on (Concept Relevance Propagation, Achtibat et al. 2023).
@@ -225,16 +235,19 @@ class Tape:
     def ledger(self, target: Target = None, *, output: str | None = None) -> Ledger:
         """Relevance in, out and sunk, op by op, in float64 sums."""
         results, seeds = self._ask(target, output, (), sinks=True, ledger=True)
-        leaves = self._outputs()
+        leaves = self._amounts()
         total = sum(float((seed.double() * leaves[index].detach().double()).sum()) for index, seed in seeds.items())
         dtype = next(iter(seeds.values())).dtype
         return ledger_from_results(self.program, results, total, dtype)
 
     def seeded_output(self, target: Target = None, output: str | None = None) -> Tensor:
-        """Per sample, the sum of seed times output: what relevance at inputs and sinks adds up to."""
-        leaves = self._outputs()
+        """Per sample, the sum of seed times output: what relevance at inputs and sinks adds up to.
+
+        With a reference run, of seed times the output's difference from that run's.
+        """
+        leaves = self._amounts()
         return sum(  # type: ignore[return-value]
-            (seed * leaves[index]).reshape(seed.shape[0] if seed.dim() else 1, -1).sum(1)
+            (seed * leaves[index]).reshape(seed.shape[0] if seed.dim() else 1, math.prod(seed.shape[1:])).sum(1)
             for index, seed in self._seeds(target, output).items()
         )
 
@@ -276,6 +289,19 @@ class Tape:
         """The output leaves that are tensors, by leaf index."""
         indices = [index for index, leaf in enumerate(self.program.outputs) if not isinstance(leaf, Constant)]
         return dict(zip(indices, self._leaves, strict=True))
+
+    def _amounts(self) -> dict[int, Tensor]:
+        """What is explained of each output leaf: its value, or the difference from its value in the reference run."""
+        leaves = self._outputs()
+        composite = self.program.composite
+        if composite is None or not composite.against_reference:
+            return leaves
+        self._check_fresh()
+        if not self._reference_leaves:
+            self._run_reference(self._compiler.emitted(self._call, self._request)[1])
+        pairs = zip(leaves.items(), self._reference_leaves, strict=True)
+        # Only floats are explained; of token ids and masks among the outputs there is no difference to take.
+        return {index: leaf - other for (index, leaf), other in pairs if leaf.is_floating_point()}
 
     def _seeds(self, target: Target, output: str | None) -> dict[int, Tensor]:
         name = output if output is not None else self._compiler.options.output
@@ -332,6 +358,7 @@ class Tape:
         """Run a relevance graph on this tape's values; ``differentiable`` lets the seeds record gradients."""
         self._complete(executable)
         values = [self._inputs[name] for name in executable.free] + [self._saved[name] for name in executable.saved]
+        values += [self._references[name] for name in executable.reference]
         if differentiable:
             values = [value.detach() if isinstance(value, Tensor) else value for value in values]
         with torch.set_grad_enabled(differentiable):
@@ -350,11 +377,20 @@ class Tape:
 
     def _complete(self, executable: Executable) -> None:
         """Recompute what this question needs and the forward pass did not keep."""
+        if not all(name in self._references for name in executable.reference):
+            self._run_reference(executable)
         if all(name in self._saved for name in executable.saved):
             return
         with torch.no_grad(), self._random_numbers():
             _, _, saved = _run_forward(executable, list(self._inputs.values()))
         self._saved.update(saved)
+
+    def _run_reference(self, executable: Executable) -> None:
+        """The same forward code on the baselines; what it would change in place stays as it is."""
+        inputs = {**self._inputs, **self._reference_inputs}
+        with torch.no_grad(), self._random_numbers():
+            self._reference_leaves, _, recorded = _run_forward(executable, list(inputs.values()))
+        self._references.update({**self._reference_inputs, **recorded})
 
     def _random_numbers(self) -> _ReplayedRNG:
         """A context in which the CPU generator repeats what the forward pass drew."""
@@ -415,13 +451,13 @@ class _ReplayedRNG:
 
 
 def _run_forward(executable: Executable, inputs: list[Any]) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
-    """(output leaves, mutated values, saved buffers) of one forward pass."""
+    """(output leaves, mutated values, recorded values) of one forward pass."""
     program = executable.program
     values = executable.forward(*inputs)
     outputs = sum(not isinstance(leaf, Constant) for leaf in program.outputs)
     mutated = outputs + len(program.mutations)
-    saved = dict(zip(executable.saved, values[mutated:], strict=True))
-    return list(values[:outputs]), list(values[outputs:mutated]), saved
+    recorded = dict(zip(executable.recorded, values[mutated:], strict=True))
+    return list(values[:outputs]), list(values[outputs:mutated]), recorded
 
 
 def write_back(mutations: tuple[Mutation, ...], inputs: dict[str, Any], values: list[Tensor]) -> None:

@@ -6,8 +6,8 @@ in-place ops; ``canonicalise`` gives every op the one form that keeps what relev
 statistics, attention with its log-sum-exp); ``recognise`` marks groups that are one op to relevance. ``analyse``
 finds where relevance is read and what depends on it; ``assign_rules`` lets the composite give every live op its rule.
 ``insert_relevance`` walks backwards and writes the rules behind the forward graph, reading forward values through
-promises; ``simplify`` tidies up; ``lower_promises`` turns promises into deferred buffers; ``partition`` cuts the joint
-graph in two; ``codegen`` makes both callable.
+promises, of this run or of a reference run on other inputs; ``simplify`` tidies up; ``lower_promises`` turns promises
+into deferred buffers; ``partition`` cuts the joint graph in two; ``codegen`` makes both callable.
 
 Every pass is a pure ``Program -> Program``; ``pipeline.py`` holds their order, runs, times and verifies them.
 """

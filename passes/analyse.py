@@ -22,19 +22,24 @@ SIGN_KEEPERS = aten_names(
     "mul maximum relu"
 )
 ARITHMETIC = aten_names("add mul")
+OF_SHAPE_ALONE = aten_names(
+    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full"
+    " new_empty_strided"
+)
 
 
-def analyse(program: Program, attributed: tuple[str, ...] | None = None) -> Program:
+def analyse(program: Program, attributed: tuple[str, ...] | None = None, varied: tuple[str, ...] = ()) -> Program:
     """Find the sources of the inputs named in ``attributed`` (None: every input that has any) and mark live nodes.
 
     A float input is its own source; an integer input's sources are the outputs of the embeddings it indexes.
+    ``varied`` names further inputs that a reference run changes, beside the attributed ones.
     Raises UnknownInputError for a name that is no input, NoAttributableInputError when nothing has a source.
     """
     program = program.fork()
     nodes = program.nodes_by_name()
     users = {spec.target: nodes[spec.node] for spec in program.inputs if spec.kind is InputKind.USER}
     tensors = {name: node for name, node in users.items() if isinstance(node.meta.get("val"), torch.Tensor)}
-    for name in attributed or ():
+    for name in (*(attributed or ()), *varied):
         if name not in tensors:
             raise UnknownInputError(name=name, known=", ".join(tensors) or "no tensor inputs")
     sources = {name: _sources(tensors[name]) for name in (tensors if attributed is None else attributed)}
@@ -47,7 +52,9 @@ def analyse(program: Program, attributed: tuple[str, ...] | None = None) -> Prog
         raise NoAttributableInputError(cause=described or "the model takes no tensors")
     _mark_live(program, {name for found in sources.values() for name in found})
     _mark_non_negative(program)
-    return program.having(sources=sources, attributed=tuple(sources))
+    changed = tuple(dict.fromkeys((*sources, *varied)))
+    _mark_varying(program, {tensors[name] for name in changed})
+    return program.having(sources=sources, attributed=tuple(sources), varied=changed)
 
 
 def _mark_non_negative(program: Program) -> None:
@@ -111,3 +118,16 @@ def _mark_live(program: Program, sources: set[str]) -> None:
         if node.name in sources or derived:
             live.add(node)
             learn(node, live=True)
+
+
+def _mark_varying(program: Program, changed: set[fx.Node]) -> None:
+    """Mark what may differ in the reference run: all that is computed from the values of ``changed`` inputs."""
+    varying = set(changed)
+    for node in program.graph.nodes:
+        if node.op == "output":
+            continue
+        # The reference run repeats the random numbers, and these ops take of their arguments the shapes alone.
+        by_shape = op_name(node) in OF_SHAPE_ALONE or node.target is torch.ops.aten.bernoulli.p
+        if node in varying or (not by_shape and any(argument in varying for argument in node.all_input_nodes)):
+            varying.add(node)
+            learn(node, varies=True)

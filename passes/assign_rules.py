@@ -93,6 +93,8 @@ def _refuse(uncovered: list[fx.Node], composite: Composite) -> None:
     rows = []
     for node in uncovered:
         why = "" if classify(node) is not None else " (not in the op table)"
+        if not why and composite.against_reference:
+            why = " (no exact rule for differences from a reference run)"
         place = module_path(node) or "(the model itself)"
         rows.append(f"  {op_name(node)}{why} as {node.name} in {place}: {user_source(node) or 'unknown line'}")
     example = str(uncovered[0].target)

@@ -11,20 +11,26 @@ import torch
 from torch import fx
 
 from lrp_compiler.kernels.attention import attention_backward
-from lrp_compiler.passes.lower_promises import free_values, saved_values
+from lrp_compiler.passes.lower_promises import free_values, recorded_values, reference_values, saved_values
 from lrp_compiler.passes.program import Program, copy_graph
 
 
 @dataclass(frozen=True)
 class Executable:
-    """Compiled code: ``forward(*inputs) -> outputs, mutated values, saved buffers`` and, when relevance was
-    requested, ``relevance(*free, *saved, *seeds) -> results``. ``free`` and ``saved`` name those arguments."""
+    """Compiled code: ``forward(*inputs) -> outputs, mutated values, recorded values`` and, when relevance was
+    requested, ``relevance(*free, *saved, *reference, *seeds) -> results``.
+
+    ``free``, ``saved`` and ``reference`` name those arguments, the last by the node whose value in the reference run
+    it is; ``recorded`` names what the forward pass returns for them.
+    """
 
     program: Program
     forward: Callable[..., tuple[Any, ...]]
     relevance: Callable[..., tuple[Any, ...]] | None
     free: tuple[str, ...]
     saved: tuple[str, ...]
+    reference: tuple[str, ...]
+    recorded: tuple[str, ...]
 
     @cached_property
     def differentiable(self) -> Callable[..., tuple[Any, ...]]:
@@ -51,6 +57,8 @@ def codegen(program: Program) -> Executable:
         relevance=None if relevance is None else _compiled(relevance, "relevance"),
         free=tuple(free_values(program)),
         saved=tuple(saved_values(program)),
+        reference=tuple(reference_values(program)),
+        recorded=tuple(recorded_values(program)),
     )
 
 

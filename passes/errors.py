@@ -172,6 +172,12 @@ class RecurrentError(LRPError):
     hint = "{remedy}"
 
 
+class BaselineError(LRPError):
+    id = "LRP022"
+    template = "baseline of '{name}': {cause}"
+    hint = "{remedy}"
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")

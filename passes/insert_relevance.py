@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from lrp_compiler.kernels.difference import difference
 from lrp_compiler.kernels.linear import masked_product, stabilise
+from lrp_compiler.passes.emitter import RelevanceEmitter
 from lrp_compiler.passes.errors import RuleResultError, SiteWithoutRelevanceError
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import OpClass, classify
@@ -29,15 +31,9 @@ from lrp_compiler.passes.program import (
 from lrp_compiler.passes.readings import nodes_from, parameter_edges, read_map
 from lrp_compiler.passes.rules.base import EdgeKind, Rule
 from lrp_compiler.passes.site import Site, output_of
-from lrp_compiler.passes.trace import Emitter
 
 aten = torch.ops.aten
 CONVERSION_EPSILON = 1e-6
-
-
-def promise(value: torch.Tensor) -> torch.Tensor:
-    """A relevance node's demand for a forward value; ``lower_promises`` decides where the value is kept."""
-    return value
 
 
 def insert_relevance(program: Program, request: Request) -> Program:
@@ -47,26 +43,6 @@ def insert_relevance(program: Program, request: Request) -> Program:
     requested site is not between the sources and the seeded outputs.
     """
     return _Inserter(program.fork(seeds=request.outputs), request).run()
-
-
-class RelevanceEmitter(Emitter):
-    """Emits relevance ops; a forward node that emitted code reads becomes a promise."""
-
-    promises: dict[fx.Node, fx.Node]
-
-    def resolve(self, node: fx.Node) -> fx.Node:
-        if facts(node).part != "forward":
-            return node
-        if node not in self.promises:
-            with self.graph.inserting_before(self.before):
-                made = self.graph.call_function(promise, (node,))
-            made.meta = {
-                **self.provenance,
-                "val": value_of(node),
-                FACTS: Facts(part="promise", origin=node.name),
-            }
-            self.promises[node] = made
-        return self.promises[node]
 
 
 def on_relevance(c: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -105,7 +81,7 @@ class _Inserter:
         self.request = request
         self.nodes = program.nodes_by_name()
         self.emitter = RelevanceEmitter(program.graph, program.fake_mode, output_node(program.graph), program.traces)
-        self.emitter.promises = {}
+        self.takes_differences = program.composite is not None and program.composite.against_reference
         self.pending: Pending = {}
         self.tuples: dict[fx.Node, dict[int, list[tuple[fx.Node, EdgeKind]]]] = {}
         self.results: list[tuple[Result, fx.Node]] = []
@@ -247,10 +223,16 @@ class _Inserter:
         """An edge of the other kind: exact towards relevance, stabilised towards coefficients."""
         self.conversions.append(f"{node.name} -> {kind}")
         if kind == "relevance":
-            return self.emitter(on_relevance, edge, node)  # type: ignore[no-any-return]
+            return self.emitter(on_relevance, edge, self.amount(node))  # type: ignore[no-any-return]
         if self.request.sinks or self.request.ledger:
-            self.lost[node] = self.emitter(conversion_loss, edge, node)
-        return self.emitter(to_coefficient, edge, node)  # type: ignore[no-any-return]
+            self.lost[node] = self.emitter(conversion_loss, edge, self.amount(node))
+        return self.emitter(to_coefficient, edge, self.amount(node))  # type: ignore[no-any-return]
+
+    def amount(self, node: fx.Node) -> fx.Node:
+        """What relevance at ``node`` is a share of: its value, or how that differs from the reference run's."""
+        if not self.takes_differences:
+            return node
+        return self.emitter(difference, node, self.emitter.reference(node))  # type: ignore[no-any-return]
 
     def read_out(self, node: fx.Node) -> None:
         for kind in self.wanted[node.name]:
@@ -260,7 +242,7 @@ class _Inserter:
                 # A masked score inside the model may be -inf; what the user feeds in is finite.
                 product = on_relevance if node.name in self.sources else masked_product
                 parts = [
-                    edge if its_kind == "relevance" else self.emitter(product, edge, node)
+                    edge if its_kind == "relevance" else self.emitter(product, edge, self.amount(node))
                     for edge, its_kind in self.by_kind(node)
                 ]
                 made = parts[0] if len(parts) == 1 else self.emitter.call(aten.add.Tensor, *parts)
@@ -326,7 +308,8 @@ class _Inserter:
             self.add_total(Result("taken", site.op.name, operand.node.name), made, operand.node, rule)
 
     def add_total(self, result: Result, edge: fx.Node, value: fx.Node, rule: Rule) -> None:
-        made = self.emitter(total, edge) if rule.kind == "relevance" else self.emitter(total_of, edge, value)
+        amounts = (edge,) if rule.kind == "relevance" else (edge, self.amount(value))
+        made = self.emitter(total if rule.kind == "relevance" else total_of, *amounts)
         self.results.append((result, made))
 
     def enter_sinks(self, site: Site, rule: Rule, edge: Any, edges: dict[Operand, fx.Node]) -> None:

@@ -1,12 +1,13 @@
-"""lower_promises: every promise becomes a deferred buffer: free (a graph input), a view of one, or saved."""
+"""lower_promises: every promise becomes a deferred buffer: an input (free), a view, a saved or a reference value."""
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx
 
-from lrp_compiler.passes.insert_relevance import promise
+from lrp_compiler.passes.emitter import PROMISES, reference_promise
 from lrp_compiler.passes.optable import aten_names, op_name
 from lrp_compiler.passes.program import (
     FACTS,
@@ -26,23 +27,38 @@ TUPLE_VIEWS = aten_names("split split_with_sizes chunk unbind")
 def lower_promises(program: Program) -> Program:
     """Replace promise nodes by the value they stand for, or by views taken of the base that is kept.
 
-    Afterwards relevance ops read forward nodes only where ``buffers`` lists them.
+    Values of the reference run become further graph inputs. Afterwards relevance ops read forward nodes only where
+    ``buffers`` lists them.
     """
     program = program.fork()
-    kinds: dict[fx.Node, tuple[BufferKind, list[str]]] = {}
-    replayed: dict[fx.Node, fx.Node] = {}
+    read_by: dict[tuple[fx.Node, BufferKind], list[str]] = {}
+    replayed: dict[Any, dict[fx.Node, fx.Node]] = {target: {} for target in PROMISES}
     views: list[Buffer] = []
-    for node in [n for n in program.graph.nodes if n.target is promise]:
+    for node in [n for n in program.graph.nodes if n.target in PROMISES]:
         value = first_argument(node)
         readers = sorted({facts(user).origin for user in node.users})
         base = _base(value)
-        kinds.setdefault(base, ("free" if base.op == "placeholder" else "saved", []))[1].extend(readers)
+        of_reference = node.target is reference_promise
+        kind: BufferKind = "reference" if of_reference else "free" if base.op == "placeholder" else "saved"
+        read_by.setdefault((base, kind), []).extend(readers)
         if base is not value:
             views.append(_buffer(value, "view", readers, program))
-        node.replace_all_uses_with(_replay(program.graph, value, base, node, replayed))
+        known = replayed[node.target]
+        if base not in known:
+            known[base] = _reference_input(program.graph, base) if of_reference else base
+        node.replace_all_uses_with(_replay(program.graph, value, node, known))
         program.graph.erase_node(node)
-    kept = [_buffer(base, kind, sorted(set(readers)), program) for base, (kind, readers) in kinds.items()]
+    kept = [_buffer(base, kind, sorted(set(readers)), program) for (base, kind), readers in read_by.items()]
     return program.having(buffers=(*kept, *views))
+
+
+def _reference_input(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A graph input for the value of ``node`` in the reference run."""
+    last = [placeholder for placeholder in graph.nodes if placeholder.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        made = graph.placeholder(f"reference_{node.name}")
+    made.meta = {"val": tensor_of(node), FACTS: Facts(part="reference", origin=node.name)}
+    return made
 
 
 def _base(node: fx.Node) -> fx.Node:
@@ -56,15 +72,11 @@ def _base(node: fx.Node) -> fx.Node:
             return node
 
 
-def _replay(
-    graph: fx.Graph, value: fx.Node, base: fx.Node, before: fx.Node, replayed: dict[fx.Node, fx.Node]
-) -> fx.Node:
-    """``value`` computed again from ``base`` by its views, once, placed among the relevance ops."""
-    if value is base:
-        return base
+def _replay(graph: fx.Graph, value: fx.Node, before: fx.Node, replayed: dict[fx.Node, fx.Node]) -> fx.Node:
+    """``value`` computed again by its views of a replayed base, once, placed among the relevance ops."""
     if value not in replayed:
         parent = first_argument(value)
-        source = _replay(graph, parent, base, before, replayed)
+        source = _replay(graph, parent, before, replayed)
         with graph.inserting_before(before):
             view = graph.node_copy(value, lambda old: source if old is parent else old)
         view.meta[FACTS] = Facts(part="relevance", origin=value.name)
@@ -74,7 +86,7 @@ def _replay(
 
 def _buffer(node: fx.Node, kind: BufferKind, readers: list[str], program: Program) -> Buffer:
     value = tensor_of(node)
-    size = value.numel() * value.element_size() if kind == "saved" else 0
+    size = value.numel() * value.element_size() if kind in ("saved", "reference") else 0
     dtype = str(value.dtype).removeprefix("torch.")
     return Buffer(node.name, kind, size, dtype, tuple(value.shape), tuple(readers))
 
@@ -87,3 +99,14 @@ def saved_values(program: Program) -> list[str]:
 def free_values(program: Program) -> list[str]:
     """The graph inputs that the relevance pass reads."""
     return [buffer.name for buffer in program.buffers if buffer.kind == "free"]
+
+
+def reference_values(program: Program) -> list[str]:
+    """The forward nodes whose values in the reference run the relevance pass reads."""
+    return [buffer.name for buffer in program.buffers if buffer.kind == "reference"]
+
+
+def recorded_values(program: Program) -> list[str]:
+    """What a forward pass returns for relevance: values read of this run, then those of the reference run alone."""
+    inputs = {spec.node for spec in program.inputs}
+    return list(dict.fromkeys([*saved_values(program), *(n for n in reference_values(program) if n not in inputs)]))

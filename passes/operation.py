@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.optable import OpClass, OpEntry, classify, op_name
-from lrp_compiler.passes.program import Pattern, facts, is_float, value_of
+from lrp_compiler.passes.program import Pattern, carries_float, facts, is_float, value_of
 
 FOLDED = "folded_batch_norm"
 """The pattern of a linear op and the batch normalisation that only it feeds, taken as one linear map."""
@@ -41,6 +42,19 @@ class Operation:
         self.is_folded = self.pattern is not None and self.pattern.kind == FOLDED
         self.call = nodes[self.pattern.saved[0]] if self.pattern is not None and self.is_folded else node
         self.is_whole_pattern = self.pattern is not None and not self.is_folded and self.pattern.kind not in ROLES
+        self.is_moved = False
+
+    def at(self, values: dict[Operand, fx.Node]) -> Operation:
+        """This op called with other values for some operands; what it is and where relevance flows stay the same."""
+        leaves, tree = pytree.tree_flatten((self.args, self.kwargs))
+        for operand, value in values.items():
+            leaves[operand.leaf] = value
+        moved = copy.copy(self)
+        args, kwargs = pytree.tree_unflatten(leaves, tree)
+        # What has been worked out of the op's own arguments has to be kept, not found again in the new ones.
+        kept = {"operands": self.operands, "flowing": self.flowing, "entry": self.entry}
+        moved.__dict__.update(kept, flowing_factors=self.flowing_factors, args=args, kwargs=kwargs, is_moved=True)
+        return moved
 
     @property
     def linear_name(self) -> str:
@@ -105,6 +119,18 @@ class Operation:
         entry = classify(self.call)
         factors = entry.factors if entry is not None else ()
         return tuple(operand for operand in self.flowing if operand.argument in factors)
+
+    @cached_property
+    def varying(self) -> tuple[Operand, ...]:
+        """The operands whose values may differ in the reference run."""
+        return tuple(operand for operand in self.operands if facts(operand.node).varies)
+
+    @property
+    def selects_alike(self) -> bool:
+        """Whether no index and no condition among the arguments can differ in the reference run."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        varying = [leaf for leaf in leaves if isinstance(leaf, fx.Node) and facts(leaf).varies]
+        return all(carries_float(node) for node in varying)
 
     def constants(self) -> tuple[Operand, ...]:
         """The float operands that relevance cannot flow to."""

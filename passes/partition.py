@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import fx
 
-from lrp_compiler.passes.lower_promises import free_values, saved_values
+from lrp_compiler.passes.lower_promises import free_values, recorded_values, reference_values, saved_values
 from lrp_compiler.passes.program import Constant, Program, facts, output_node
 
 
 def partition(program: Program) -> Program:
     """Cut where relevance begins.
 
-    The forward graph returns (output leaves that are tensors, mutated values, saved buffers); the relevance graph
-    takes (free values, saved buffers, seeds) and returns the results in order.
+    The forward graph returns (output leaves that are tensors, mutated values, recorded values); the relevance graph
+    takes (free values, saved buffers, values of the reference run, seeds) and returns the results in order.
     """
     return program.having(graph=_forward_graph(program), relevance_graph=_relevance_graph(program))
 
@@ -31,7 +31,7 @@ def _forward_graph(program: Program) -> fx.Graph:
     nodes = program.nodes_by_name()
     leaves = [leaf for leaf in program.outputs if not isinstance(leaf, Constant)]
     mutated = [mutation.value for mutation in program.mutations]
-    graph.output(tuple(values[nodes[name]] for name in [*leaves, *mutated, *saved_values(program)]))
+    graph.output(tuple(values[nodes[name]] for name in [*leaves, *mutated, *recorded_values(program)]))
     graph.eliminate_dead_code()
     return graph
 
@@ -41,7 +41,9 @@ def _relevance_graph(program: Program) -> fx.Graph:
     values: dict[fx.Node, fx.Node] = {}
     nodes = program.nodes_by_name()
     seeds = [node for node in program.graph.nodes if facts(node).part == "seed"]
-    for node in [*(nodes[name] for name in [*free_values(program), *saved_values(program)]), *seeds]:
+    promised = [nodes[name] for name in [*free_values(program), *saved_values(program)]]
+    inputs = {facts(node).origin: node for node in program.graph.nodes if facts(node).part == "reference"}
+    for node in [*promised, *(inputs[name] for name in reference_values(program)), *seeds]:
         values[node] = graph.placeholder(node.name)
         values[node].meta = dict(node.meta)
     for node in program.graph.nodes:

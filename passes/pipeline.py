@@ -105,10 +105,13 @@ def compile_forward(captured: tuple[Stage, ...]) -> Executable:
 
 
 def explain(
-    captured: tuple[Stage, ...], attributed: tuple[str, ...] | None, choose: Callable[[Program], Composite]
+    captured: tuple[Stage, ...],
+    attributed: tuple[str, ...] | None,
+    varied: tuple[str, ...],
+    choose: Callable[[Program], Composite],
 ) -> tuple[Stage, ...]:
     """The stages of EXPLAIN; ``choose`` picks the composite by what the analysed graph contains."""
-    history = run(analyse, captured, attributed)
+    history = run(analyse, captured, attributed, varied)
     return run(assign_rules, history, choose(history[-1].program))
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from lrp_compiler.passes.emitter import PROMISES
 from lrp_compiler.passes.errors import user_source
-from lrp_compiler.passes.insert_relevance import promise
 from lrp_compiler.passes.program import Program, facts, module_path, output_node
 
 DTYPES = {
@@ -65,7 +65,7 @@ def _call(node: fx.Node) -> str:
     if node.target is operator.getitem:
         return f"{_text(node.args[0])}[{node.args[1]}]"
     arguments = [_text(arg) for arg in node.args] + [f"{key}={_text(value)}" for key, value in node.kwargs.items()]
-    target = "promise" if node.target is promise else str(node.target)
+    target = PROMISES.get(node.target) or str(node.target)
     return f"{target}({', '.join(arguments)})"
 
 

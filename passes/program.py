@@ -57,11 +57,14 @@ class Facts:
     """What the passes know of a node; kept in ``node.meta['lrp']`` and replaced, never changed.
 
     ``origin`` names the op that a relevance op belongs to, and of a graph input the live parameter behind it.
+
+    A value that ``varies`` may be another one in the reference run, the forward pass on baseline inputs.
     """
 
-    part: Literal["forward", "seed", "relevance", "promise"] = "forward"
+    part: Literal["forward", "seed", "relevance", "promise", "reference"] = "forward"
     live: bool = False
     flows: bool = False
+    varies: bool = False
     non_negative: bool = False
     pattern: Pattern | None = None
     rule: Rule | None = None
@@ -120,12 +123,15 @@ class Request:
     blocked: tuple[str, ...] = ()
 
 
-BufferKind = Literal["free", "view", "saved"]
+BufferKind = Literal["free", "view", "saved", "reference"]
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Where one promise is kept: ``free`` (a graph input), ``view`` of something kept, or ``saved``."""
+    """Where one promise is kept: ``free`` (a graph input), ``view`` of something kept, or ``saved``.
+
+    A ``reference`` buffer holds the value that the node has in the reference run.
+    """
 
     name: str
     kind: BufferKind
@@ -140,7 +146,7 @@ class Program:
     """A graph on its way through the pipeline; passes return a new one and leave theirs untouched.
 
     ``sources`` maps each attributed user input to the nodes where its relevance is read: itself, or the embeddings
-    it indexes.
+    it indexes. ``varied`` names the user inputs that have another value in the reference run.
     ``outputs`` holds, per leaf of the model's output tree, a node name or the constant itself. ``root`` owns the
     sub-graphs of higher-order ops until ``canonicalise`` has inlined them. After ``partition`` ``graph`` is the
     forward graph and ``relevance_graph`` the other half. ``traces`` caches traced functions by signature and is
@@ -157,6 +163,7 @@ class Program:
     mutations: tuple[Mutation, ...] = ()
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     attributed: tuple[str, ...] = ()
+    varied: tuple[str, ...] = ()
     composite: Composite | None = None
     conversions: tuple[str, ...] = ()
     results: tuple[Result, ...] = ()

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from lrp_compiler.passes.emitter import RelevanceEmitter
 from lrp_compiler.passes.errors import DerivativeError, user_source
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import OpClass
 from lrp_compiler.passes.program import FACTS, Facts, facts, is_float, value_of
 from lrp_compiler.passes.rule_tensors import tensor_name
 from lrp_compiler.passes.rules.base import Edges
-from lrp_compiler.passes.trace import Emitter
 from lrp_compiler.passes.transposes import TRANSPOSES
 from lrp_compiler.passes.vjp import linear_remainder, pullback
 
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 class Site:
     """An op whose relevance is being written; forward nodes given to ``emit`` become promises if they are read."""
 
-    def __init__(self, op: Operation, emitter: Emitter) -> None:
+    def __init__(self, op: Operation, emitter: RelevanceEmitter) -> None:
         self.op = op
         self.emitter = emitter
 
@@ -40,6 +40,14 @@ class Site:
     def emit(self, fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Append the ops of a plain torch function of nodes and constants."""
         return self.emitter(fn, *args, **options)
+
+    def reference(self, node: fx.Node) -> fx.Node:
+        """The value of a forward node in the reference run: a promise, or ``node`` itself where it cannot differ."""
+        return self.emitter.reference(node)
+
+    def at(self, values: dict[Operand, fx.Node]) -> Site:
+        """This op with other values for some operands, to be linearised there."""
+        return Site(self.op.at(values), self.emitter)
 
     def vjp(self, edge: Any, receivers: tuple[Operand, ...]) -> Edges:
         """P1: the op's ordinary vector-Jacobian product for each receiver."""
@@ -56,7 +64,8 @@ class Site:
             outputs = self.float_outputs()
             edges_of_outputs = edge if isinstance(edge, list) else [edge]
             cotangents = [edges_of_outputs[index] for index in outputs]
-            arguments = (self.node.target, self.op.args, self.op.kwargs, leaves, cotangents, list(outputs.values()))
+            known = [None if self.op.is_moved else output for output in outputs.values()]
+            arguments = (self.node.target, self.op.args, self.op.kwargs, leaves, cotangents, known)
             edges.update(zip(rest, self.traced_pullback(arguments), strict=True))
         return edges
 
@@ -105,5 +114,6 @@ def output_of(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
         reader = graph.create_node("call_function", operator.getitem, (node, index), name=name)
     assert reader.name == name, f"{name} is taken"
     value = value_of(node)[index]
-    reader.meta = {**node.meta, "val": value, FACTS: facts(node) if is_float(value) else Facts()}
+    known = facts(node)
+    reader.meta = {**node.meta, "val": value, FACTS: known if is_float(value) else Facts(varies=known.varies)}
     return reader

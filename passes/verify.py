@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from lrp_compiler.passes.emitter import PROMISES
 from lrp_compiler.passes.errors import VerifierError
-from lrp_compiler.passes.insert_relevance import promise
 from lrp_compiler.passes.program import (
     Constant,
     InputKind,
@@ -116,10 +116,13 @@ def results_are_relevance(program: Program) -> str | None:
 
 def no_promises(program: Program) -> str | None:
     """Every promise has been lowered; relevance reads forward values only out of planned buffers."""
-    planned = {buffer.name for buffer in program.buffers if buffer.kind != "view"}
+    planned = {buffer.name for buffer in program.buffers if buffer.kind in ("free", "saved")}
+    referenced = {buffer.name for buffer in program.buffers if buffer.kind == "reference"}
     for node in program.graph.nodes:
-        if node.target is promise:
+        if node.target in PROMISES:
             return f"the promise {node.name} was not lowered"
+        if facts(node).part == "reference" and facts(node).origin not in referenced:
+            return f"{node.name} is a value of the reference run for which no buffer is planned"
         if facts(node).part == "relevance":
             for argument in node.all_input_nodes:
                 if facts(argument).part == "forward" and argument.name not in planned:
@@ -141,7 +144,7 @@ def is_partitioned(program: Program) -> str | None:
 
 
 def values_match_ops(program: Program) -> str | None:
-    """Fake values of float results are of a shape and dtype that their readers can trust: a seed is its output's."""
+    """Fake values of graph inputs are of a shape that their readers can trust: a seed's is its output's."""
     nodes = program.nodes_by_name()
     for node in program.graph.nodes:
         if facts(node).part == "seed" and tensor_of(node).shape != tensor_of(nodes[facts(node).origin]).shape:

@@ -139,7 +139,8 @@ class Composite:
     """A named, ordered list of (matcher, rule): the first line that matches an op decides.
 
     ``readout`` says what the result is: ``relevance`` (activation times coefficient) or ``coefficient``.
-    ``conserves`` says whether every sink has a name, so that the ledger can be demanded to close. Without
+    ``conserves`` says whether every sink has a name, so that the ledger can be demanded to close. With
+    ``against_reference`` relevance is a share of the difference a - a0 from a reference run on baseline inputs. Without
     ``patterns`` recognised groups (RMSNorm, tanh GELU) are treated op by op. ``reason`` says why "auto" chose it.
     """
 
@@ -148,6 +149,7 @@ class Composite:
     readout: EdgeKind = "relevance"
     conserves: bool = True
     patterns: bool = True
+    against_reference: bool = False
     reason: str = ""
 
     def rule_for(self, op: Operation, chosen: Chosen) -> Rule | None:
