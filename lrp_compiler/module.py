@@ -17,10 +17,11 @@ from lrp_compiler.passes.errors import BaselineError
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import InputKind, Request
 from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.recording import write_back
 from lrp_compiler.report import Report, make_report, measured_conservation
 from lrp_compiler.seeds import Predicted, Target
 from lrp_compiler.sites import SiteRef, resolve_sites
-from lrp_compiler.tape import Names, Tape, write_back
+from lrp_compiler.tape import Names, Tape
 
 
 class LRPModule(nn.Module):

@@ -154,3 +154,12 @@ def test_parameters_without_relevance_are_refused() -> None:
         tape.parameters(0)
     with pytest.raises(errors.UnknownSiteError, match=r"Parameters alike"):
         tape.parameters(0, "1.weight")
+
+
+def test_the_interpreter_reads_relevance_and_values_alone() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double(), torch.randn(2, 4).double()
+    with torch.no_grad():
+        tape = compile_for_lrp(model, "epsilon", reference=True).run(x)[1]
+        assert torch.equal(tape.activations("0"), model[0](x))
+    with pytest.raises(errors.OptionValueError, match=r"gives relevance at values, not parameter"):
+        tape.parameters(0)

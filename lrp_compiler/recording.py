@@ -1,0 +1,206 @@
+"""A recording: what one forward pass left, and running relevance code on it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrp_compiler.compiled import Compiler, ExplainedCall
+from lrp_compiler.passes.codegen import Executable
+from lrp_compiler.passes.errors import OptionValueError, StaleTapeError
+from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result
+from lrp_compiler.passes.reference import reference_relevance
+
+Results = list[tuple[Result, Tensor]]
+Sites = tuple[tuple[str, Reading], ...]
+
+
+class Recording:
+    """The inputs and kept values of one call, and what can be computed from them later.
+
+    Values that were not kept are recomputed with the same random numbers; parameters that changed since raise
+    StaleTapeError. The reference run of composites that need one is made once, when first asked for.
+    """
+
+    def __init__(self, compiler: Compiler, call: ExplainedCall, request: Request) -> None:
+        self._compiler = compiler
+        self._call = call
+        self._request = request
+        self._inputs: dict[str, Any] = {}
+        self._saved: dict[str, Tensor] = {}
+        self._reference_inputs: dict[str, Tensor] = {}
+        self._references: dict[str, Tensor] = {}
+        self._reference_leaves: list[Tensor] = []
+        self._versions: dict[str, int | None] = {}
+        self._leaves: list[Tensor] = []
+        self._rng: Tensor | None = None
+
+    @property
+    def program(self) -> Program:
+        """The compiled program of the call."""
+        return self._call.program
+
+    def record(self, inputs: list[Any], reference: dict[str, Tensor]) -> list[Any]:
+        """Run the forward pass on the graph's inputs; returns the output leaves that are tensors.
+
+        ``reference`` holds the inputs that differ in the reference run, by node name.
+        """
+        self._reference_inputs = reference
+        executable = self._compiler.emitted(self._call, self._request)[1]
+        self._inputs = _protected(self.program, inputs)
+        self._rng = torch.get_rng_state() if self._call.is_random else None
+        self._leaves, mutated, self._saved = _run_forward(executable, inputs)
+        write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
+        self._versions = {name: _version(value) for name, value in self._inputs.items()}
+        return self._leaves
+
+    def _names(self) -> list[str]:
+        return [spec.node for spec in self.program.inputs]
+
+    def outputs(self) -> dict[int, Tensor]:
+        """The output leaves that are tensors, by leaf index."""
+        indices = [index for index, leaf in enumerate(self.program.outputs) if not isinstance(leaf, Constant)]
+        return dict(zip(indices, self._leaves, strict=True))
+
+    def amounts(self) -> dict[int, Tensor]:
+        """What is explained of each output leaf: its value, or the difference from its value in the reference run."""
+        leaves = self.outputs()
+        composite = self.program.composite
+        if composite is None or not composite.against_reference:
+            return leaves
+        self.check_fresh()
+        if not self._reference_leaves:
+            self._run_reference(self._compiler.emitted(self._call, self._request)[1])
+        pairs = zip(leaves.items(), self._reference_leaves, strict=True)
+        # Only floats are explained; of token ids and masks among the outputs there is no difference to take.
+        return {index: leaf - other for (index, leaf), other in pairs if leaf.is_floating_point()}
+
+    def answer(self, request: Request, seeds: list[Tensor], masks: list[Tensor] | None = None, **how: bool) -> Results:
+        """Run the relevance code of ``request`` on seeds and masks in its order; ``how`` as in ``run``."""
+        self.check_fresh()
+        return self.run(self._compiler.emitted(self._call, request)[1], seeds, masks or [], **how)
+
+    def run(
+        self,
+        executable: Executable,
+        seeds: list[Tensor],
+        masks: list[Tensor],
+        *,
+        mapped: bool = False,
+        differentiable: bool = False,
+    ) -> Results:
+        """Run a relevance graph; ``mapped`` seeds have one more dimension, ``differentiable`` ones record gradients."""
+        self._complete(executable)
+        values = [self._inputs[name] for name in executable.free] + [self._saved[name] for name in executable.saved]
+        values += [self._references[name] for name in executable.reference]
+        if differentiable:
+            values = [value.detach() if isinstance(value, Tensor) else value for value in values]
+        with torch.set_grad_enabled(differentiable):
+            code = executable.differentiable if differentiable else executable.relevance
+            results = _relevance(code, values, seeds, masks, mapped=mapped)
+        return list(zip(executable.program.results, results, strict=True))
+
+    def interpreted(self, seeds: dict[int, Tensor], sites: Sites) -> Results:
+        """Relevance at sites by the reference interpreter; raises OptionValueError for any other reading."""
+        others = sorted({kind for _, kind in sites} - {"relevance"})
+        if others:
+            cause = f"the reference interpreter gives relevance at values, not {' or '.join(others)}"
+            raise OptionValueError(name="reference", value=True, cause=cause)
+        with self._random_numbers():
+            values = reference_relevance(self.program, list(self._inputs.values()), seeds, [n for n, _ in sites])
+        return [(Result(kind, name), values[name]) for name, kind in sites]
+
+    def _complete(self, executable: Executable) -> None:
+        """Recompute what this question needs and the forward pass did not keep."""
+        if not all(name in self._references for name in executable.reference):
+            self._run_reference(executable)
+        if all(name in self._saved for name in executable.saved):
+            return
+        with torch.no_grad(), self._random_numbers():
+            _, _, saved = _run_forward(executable, list(self._inputs.values()))
+        self._saved.update(saved)
+
+    def _run_reference(self, executable: Executable) -> None:
+        """The same forward code on the baselines; what it would change in place stays as it is."""
+        inputs = {**self._inputs, **self._reference_inputs}
+        with torch.no_grad(), self._random_numbers():
+            self._reference_leaves, _, recorded = _run_forward(executable, list(inputs.values()))
+        self._references.update({**self._reference_inputs, **recorded})
+
+    def _random_numbers(self) -> _ReplayedRNG:
+        """A context in which the CPU generator repeats what the forward pass drew."""
+        return _ReplayedRNG(self._rng)
+
+    def check_fresh(self) -> None:
+        """Raise StaleTapeError when an input or parameter changed since the forward pass."""
+        for spec in self.program.inputs:
+            value = self._inputs[spec.node]
+            if self._versions[spec.node] != _version(value):
+                what = "the input" if spec.kind is InputKind.USER else f"the {spec.kind.value}"
+                raise StaleTapeError(name=f"{what} {spec.target}")
+
+
+def _relevance(
+    code: Callable[..., Any] | None, values: list[Tensor], seeds: list[Tensor], masks: list[Tensor], *, mapped: bool
+) -> Any:
+    """The results of a relevance graph; ``mapped`` seeds carry one more dimension in front, and so do results."""
+    assert code is not None
+    if not mapped:
+        return code(*values, *seeds, *masks)
+    in_dims = (*(None for _ in values), *(0 for _ in seeds), *(None for _ in masks))
+    with warnings.catch_warnings():
+        # Ops without a batching rule (CPU flash attention) run once per target; the result is the same.
+        warnings.filterwarnings("ignore", message=".*batching rule.*")
+        return torch.vmap(code, in_dims=in_dims)(*values, *seeds, *masks)
+
+
+class _ReplayedRNG:
+    """Restore a generator state for the duration; None leaves the generator alone."""
+
+    def __init__(self, state: Tensor | None) -> None:
+        self._state = state
+        self._outer: Tensor | None = None
+
+    def __enter__(self) -> None:
+        if self._state is not None:
+            self._outer = torch.get_rng_state()
+            torch.set_rng_state(self._state)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._outer is not None:
+            torch.set_rng_state(self._outer)
+
+
+def _run_forward(executable: Executable, inputs: list[Any]) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    """(output leaves, mutated values, recorded values) of one forward pass."""
+    program = executable.program
+    values = executable.forward(*inputs)
+    outputs = sum(not isinstance(leaf, Constant) for leaf in program.outputs)
+    mutated = outputs + len(program.mutations)
+    recorded = dict(zip(executable.recorded, values[mutated:], strict=True))
+    return list(values[:outputs]), list(values[outputs:mutated]), recorded
+
+
+def write_back(mutations: tuple[Mutation, ...], inputs: dict[str, Any], values: list[Tensor]) -> None:
+    """Give inputs that the model changes in place (running statistics, say) their new values."""
+    with torch.no_grad():
+        for mutation, value in zip(mutations, values, strict=True):
+            inputs[mutation.input].copy_(value)
+
+
+def _protected(program: Program, inputs: list[Any]) -> dict[str, Any]:
+    """The inputs by name; those the model overwrites are cloned, so that the tape keeps what was read."""
+    overwritten = {mutation.input for mutation in program.mutations}
+    named = zip((spec.node for spec in program.inputs), inputs, strict=True)
+    return {name: value.detach().clone() if name in overwritten else value for name, value in named}
+
+
+def _version(value: Any) -> int | None:
+    """A tensor's count of in-place changes; None where torch keeps none (inference tensors, numbers)."""
+    if not isinstance(value, Tensor) or value.is_inference():
+        return None
+    return value._version
