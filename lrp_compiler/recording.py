@@ -106,7 +106,7 @@ class Recording:
 
     def interpreted(self, seeds: dict[int, Tensor], sites: Sites) -> Results:
         """Relevance at sites by the reference interpreter; raises OptionValueError for any other reading."""
-        others = sorted({kind for _, kind in sites} - {"relevance"})
+        others = sorted({kind for _, kind in sites} - {"relevance", "coefficient"})
         if others:
             cause = f"the reference interpreter gives relevance at values, not {' or '.join(others)}"
             raise OptionValueError(name="reference", value=True, cause=cause)

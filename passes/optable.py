@@ -96,7 +96,7 @@ OP_TABLE: dict[str, OpEntry] = {
     **_entries(OpClass.NONLINEAR, "sigmoid softplus exp log cos cosh log_sigmoid hardsigmoid"),
     **_entries(OpClass.STATISTIC, "rsqrt sqrt reciprocal var std norm linalg_vector_norm"),
     **_entries(OpClass.POWER, "pow square"),
-    **_entries(OpClass.RECURRENT, "lstm gru rnn_tanh rnn_relu"),
+    **_entries(OpClass.RECURRENT, "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"),
     **_entries(
         OpClass.MOVEMENT,
         "view reshape _unsafe_view transpose permute t numpy_T mT squeeze unsqueeze flatten unflatten as_strided"

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
+from lrp_compiler.passes.recurrent import has_biases, is_cell
 from lrp_compiler.passes.rules.base import Rule
 
 
@@ -162,6 +163,8 @@ def _walk_back(steps: list[_Step], rs: list[Tensor], r_h: Tensor, r_c: Tensor) -
 
 def recurrent(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> dict[Operand, Tensor]:
     """Arras et al. 2017 through all layers and directions; relevance at output, h_n and c_n arrives together."""
+    if is_cell(op):
+        return _one_step(rule, op, outputs, values)
     args = fx.map_arg(op.args, lambda node: values[node])
     x, states, params, has_biases, layers, _, _, bidirectional, batch_first = args
     kind = op_name(op.node).removeprefix("aten::")
@@ -172,4 +175,15 @@ def recurrent(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.
     runs = _forward(kind, cells, directions, list(x.unbind(time)), h0, c0)
     rs, r_h0, r_c0 = _backward(runs, directions, list(outputs[0].unbind(time)), outputs[1], r_cn)
     found = (torch.stack(rs, time), r_h0, r_c0)
+    return {operand: found[operand.leaf] for operand in rule.receivers(op)}
+
+
+def _one_step(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> dict[Operand, Tensor]:
+    """The same for an op that makes one step."""
+    x, states, *params = fx.map_arg(op.args, lambda node: values[node])
+    kind = op_name(op.node).removeprefix("aten::").removesuffix("_cell")
+    h, c = states if kind == "lstm" else (states, torch.zeros_like(states))
+    (weights,) = _cells([p for p in params if p is not None], has_biases(op), 1)
+    r_c = outputs[1] if kind == "lstm" else torch.zeros_like(h)
+    found = _step(kind, weights, x, h, c).back(outputs[0], r_c)
     return {operand: found[operand.leaf] for operand in rule.receivers(op)}

@@ -14,6 +14,7 @@ from torch import fx
 
 from lrp_compiler.kernels.linear import convolution_transpose, linear_transpose, matmul_left, matmul_right
 from lrp_compiler.kernels.pooling import max_pool_transpose
+from lrp_compiler.passes.optable import OP_TABLE, OpClass
 from lrp_compiler.passes.program import tensor_of
 from lrp_compiler.passes.recurrent import carried, recurrent_edges
 
@@ -123,7 +124,7 @@ def _factor(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
     return site.emitter.call(aten.mul.Tensor, edge, other)
 
 
-def _recurrent(site: Site, edge: list[fx.Node | None], receiver: Operand) -> fx.Node | None:
+def _recurrent(site: Site, edge: Any, receiver: Operand) -> fx.Node | None:
     if receiver not in carried(site.op):
         return None
     return recurrent_edges(site, edge, gradient=True)[receiver.leaf]
@@ -160,6 +161,6 @@ TRANSPOSES: dict[str, Transpose] = {
     "aten::conv_transpose3d": _convolution(3, True),
     "aten::max_pool2d_with_indices": _max_pool(2),
     "aten::max_pool3d_with_indices": _max_pool(3),
-    **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), _recurrent),
+    **{name: _recurrent for name, entry in OP_TABLE.items() if entry.op_class is OpClass.RECURRENT},
 }
 """ATen op -> its transpose for one operand."""

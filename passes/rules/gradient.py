@@ -24,6 +24,9 @@ class Gradient(Rule):
         return op.flowing
 
     def propagate(self, site: Site, edge: Any) -> Edges:
+        if _is_affine_norm(site.op):
+            # Torch's derivative divides by the batch size, reads the input and gives the same.
+            return BatchNorm().propagate(site, edge)
         return site.vjp(edge, self.receivers(site.op))
 
     def parameter_edges(self, site: Site, edge: Any, parameters: tuple[Operand, ...]) -> Edges:
@@ -43,7 +46,13 @@ class Gradient(Rule):
             return recurrent_sinks(site, edge, edges)
         if site.op.op_class is OpClass.SOFTMAX:
             return softmax_sink(site, edge)
-        if site.op.op_class is OpClass.BATCH_NORM and not site.op.args[5]:
+        if _is_affine_norm(site.op):
             return BatchNorm().sinks(site, edge, edges)
         first = edge[0] if isinstance(edge, list) else edge
         return {"gradient": site.remainder(first, edges)} if first is not None else {}
+
+
+def _is_affine_norm(op: Operation) -> bool:
+    """Whether a batch norm uses its running statistics, and relevance flows to what it normalises alone."""
+    is_eval = op.op_class is OpClass.BATCH_NORM and not op.args[5]
+    return is_eval and all(operand.argument == 0 for operand in op.flowing)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from lrp_compiler.kernels.linear import masked_product
 from lrp_compiler.passes.operation import Operand, Operation
-from lrp_compiler.passes.recurrent import carried, recurrent_edges
+from lrp_compiler.passes.recurrent import carried, has_biases, is_cell, recurrent_edges
 from lrp_compiler.passes.rules.base import Edges, Rule, Sinks
 from lrp_compiler.passes.site import Site
 
@@ -37,7 +37,7 @@ class Recurrent(Rule):
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
         """The biases of the candidates, (layers * directions, B, H), and what is constant of input and states."""
         made = recurrent_edges(site, edge, gradient=False)
-        found: Sinks = {"bias": made[-1]} if site.op.args[3] else {}
+        found: Sinks = {"bias": made[-1]} if has_biases(site.op) else {}
         for operand in carried(site.op):
             if operand not in edges:
                 found[NAMES[operand.leaf]] = site.emit(masked_product, made[operand.leaf], operand.node)
@@ -55,8 +55,21 @@ def recurrent_remainder(given: list[Any], taken: list[Any], batch_first: bool) -
     return total
 
 
-def recurrent_sinks(site: Site, edge: list[fx.Node | None], edges: Edges) -> Sinks:
+def step_remainder(given: list[Any], taken: list[Any]) -> Tensor:
+    """c y - c_x x per sample (B,) of one step, from pairs (c, value)."""
+    total = torch.zeros_like(given[0][1].sum(-1))
+    for sign, pairs in ((1, given), (-1, taken)):
+        for c, value in pairs:
+            if c is not None:
+                total = total + sign * (c * value).sum(-1)
+    return total
+
+
+def recurrent_sinks(site: Site, edge: Any, edges: Edges) -> Sinks:
     """What the derivative of the whole recurrence leaves: sum c (f(x) - J x), as sum c f(x) - sum x J^T c."""
-    given = [[c, site.output(index)] for index, c in enumerate(edge)]
+    several = isinstance(edge, list)
+    given = [[c, site.output(index)] for index, c in enumerate(edge)] if several else [[edge, site.node]]
     taken = [[edges.get(operand), operand.node] for operand in carried(site.op)]
+    if is_cell(site.op):
+        return {"gradient": site.emit(step_remainder, given, taken)}
     return {"gradient": site.emit(recurrent_remainder, given, taken, site.op.args[8])}
