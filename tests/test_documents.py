@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import catalogue
 import pytest
 import torch
 
+from lrp_compiler import rules
 from lrp_compiler.registry import REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
+CATALOGUE = ROOT / "passes/rules/README.md"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -45,3 +48,22 @@ def test_the_readme_shows_what_the_examples_print(name: str) -> None:
 def test_the_demo_runs(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(ROOT / "examples" / "demo.py")], check=True, cwd=tmp_path)
     assert (tmp_path / "demo" / "digits.png").stat().st_size > 10_000
+
+
+def test_every_rule_is_in_the_catalogue() -> None:
+    """`make catalogue` writes it; what the tests before this one have seen of a rule stands there too."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for line in CATALOGUE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and cells[0] != "rule":
+            rows[cells[0], cells[1]] = cells[2:]
+    shown = {rule for rule, _ in rows}
+    public = [kind for kind in vars(rules).values() if isinstance(kind, type) and issubclass(kind, rules.Rule)]
+    missing = {kind.name for kind in public if kind not in (rules.Rule, rules.OnRelevance, rules.Stop)} - shown
+    assert not missing
+    for key, row in catalogue.ROWS.items():
+        edges, promises, oracles, error = rows[key]
+        assert edges == row.edges and row.oracles <= set(oracles.split(", "))
+        assert row.promises <= set(promises.split(", ")), key
+        # Errors are those of the run that wrote the table; another draws other numbers, within the tests' bound.
+        assert float(error) <= 1e-9 and row.error <= 1e-9, key
