@@ -25,7 +25,7 @@ golden: $(VENV)/test.installed
 	EXPECTTEST_ACCEPT=1 $(BIN)/pytest tests/passes/test_golden_stages.py
 
 catalogue: $(VENV)/test.installed
-	$(BIN)/pytest tests/rules tests/peers --catalogue passes/rules/README.md
+	CI=1 $(BIN)/pytest tests/rules tests/peers -m "not slow" --catalogue passes/rules/README.md
 
 $(VENV)/base.installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "python >= 3.11 is needed; set PYTHON=")'

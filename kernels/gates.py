@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def _ratio(value: Tensor, x: Tensor, limit: float) -> Tensor:
+def ratio(value: Tensor, x: Tensor, limit: float) -> Tensor:
     """value / x with ``limit`` at x = 0; only where no closed form without division exists."""
     zero = x == 0
     return torch.where(zero, limit, value / torch.where(zero, 1, x))
@@ -43,7 +43,7 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
 
 def threshold(x: Tensor, threshold: float, value: float) -> Tensor:
     """1 above the threshold; below it the constant ``value`` over x."""
-    return torch.where(x > threshold, torch.ones_like(x), _ratio(torch.full_like(x, value), x, 0.0))
+    return torch.where(x > threshold, torch.ones_like(x), ratio(torch.full_like(x, value), x, 0.0))
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -75,7 +75,7 @@ def hardswish(x: Tensor) -> Tensor:
 
 def elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
     """scale * (input_scale above zero, alpha * expm1(input_scale x) / x below)."""
-    below = _ratio(torch.expm1(torch.clamp(x * input_scale, max=0.0)), x, input_scale)
+    below = ratio(torch.expm1(torch.clamp(x * input_scale, max=0.0)), x, input_scale)
     return scale * torch.where(x > 0, torch.full_like(x, input_scale), alpha * below)
 
 
@@ -86,48 +86,48 @@ def selu(x: Tensor) -> Tensor:
 
 def celu(x: Tensor, alpha: float = 1.0) -> Tensor:
     """1 above zero, alpha * expm1(x / alpha) / x below."""
-    below = _ratio(alpha * torch.expm1(torch.clamp(x / alpha, max=0.0)), x, 1.0)
+    below = ratio(alpha * torch.expm1(torch.clamp(x / alpha, max=0.0)), x, 1.0)
     return torch.where(x > 0, torch.ones_like(x), below)
 
 
 def tanh(x: Tensor) -> Tensor:
     """tanh(x) / x, 1 at zero."""
-    return _ratio(torch.tanh(x), x, 1.0)
+    return ratio(torch.tanh(x), x, 1.0)
 
 
 def sin(x: Tensor) -> Tensor:
     """sin(x) / x, 1 at zero."""
-    return _ratio(torch.sin(x), x, 1.0)
+    return ratio(torch.sin(x), x, 1.0)
 
 
 def sinh(x: Tensor) -> Tensor:
     """sinh(x) / x, 1 at zero."""
-    return _ratio(torch.sinh(x), x, 1.0)
+    return ratio(torch.sinh(x), x, 1.0)
 
 
 def asinh(x: Tensor) -> Tensor:
     """asinh(x) / x, 1 at zero."""
-    return _ratio(torch.asinh(x), x, 1.0)
+    return ratio(torch.asinh(x), x, 1.0)
 
 
 def atan(x: Tensor) -> Tensor:
     """atan(x) / x, 1 at zero."""
-    return _ratio(torch.atan(x), x, 1.0)
+    return ratio(torch.atan(x), x, 1.0)
 
 
 def erf(x: Tensor) -> Tensor:
     """erf(x) / x, 2 / sqrt(pi) at zero."""
-    return _ratio(torch.erf(x), x, 2 / math.sqrt(math.pi))
+    return ratio(torch.erf(x), x, 2 / math.sqrt(math.pi))
 
 
 def expm1(x: Tensor) -> Tensor:
     """expm1(x) / x, 1 at zero."""
-    return _ratio(torch.expm1(x), x, 1.0)
+    return ratio(torch.expm1(x), x, 1.0)
 
 
 def log1p(x: Tensor) -> Tensor:
     """log1p(x) / x, 1 at zero."""
-    return _ratio(torch.log1p(x), x, 1.0)
+    return ratio(torch.log1p(x), x, 1.0)
 
 
 def absolute(x: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
 def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
     """clamp(x, min, max) / x; 1 wherever nothing is clamped."""
     clamped = torch.clamp(x, min, max)
-    return torch.where(clamped == x, torch.ones_like(x), _ratio(clamped, x, 0.0))
+    return torch.where(clamped == x, torch.ones_like(x), ratio(clamped, x, 0.0))
 
 
 def clamp_min(x: Tensor, min: float) -> Tensor:

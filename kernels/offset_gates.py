@@ -11,21 +11,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
-def _over(value: Tensor, x: Tensor, limit: float) -> Tensor:
-    """value / x, its limit where x is zero."""
-    zero = x == 0
-    return torch.where(zero, limit, value / torch.where(zero, 1, x))
+from lrp_compiler.kernels.gates import ratio
 
 
 def sigmoid(x: Tensor) -> Tensor:
     """(sigmoid(x) - 1/2) / x = tanh(x / 2) / (2 x)."""
-    return _over(torch.tanh(x / 2) / 2, x, 0.25)
+    return ratio(torch.tanh(x / 2) / 2, x, 0.25)
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
     """clamp(x, -3, 3) / (6 x)."""
-    return torch.where(x.abs() <= 3, torch.full_like(x, 1 / 6), _over(torch.clamp(x, -3, 3) / 6, x, 1 / 6))
+    return torch.where(x.abs() <= 3, torch.full_like(x, 1 / 6), ratio(torch.clamp(x, -3, 3) / 6, x, 1 / 6))
 
 
 def log_cosh(x: Tensor) -> Tensor:
@@ -37,28 +33,28 @@ def log_cosh(x: Tensor) -> Tensor:
 
 def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """(softplus(x) - log(2) / beta) / x = 1/2 + log(cosh(beta x / 2)) / (beta x), torch's cut at ``threshold`` kept."""
-    smooth = 0.5 + _over(log_cosh(x * beta / 2) / beta, x, 0.0)
-    return torch.where(x * beta > threshold, 1 - _over(torch.full_like(x, math.log(2) / beta), x, 0.0), smooth)
+    smooth = 0.5 + ratio(log_cosh(x * beta / 2) / beta, x, 0.0)
+    return torch.where(x * beta > threshold, 1 - ratio(torch.full_like(x, math.log(2) / beta), x, 0.0), smooth)
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
     """(log sigmoid(x) + log 2) / x = 1/2 - log(cosh(x / 2)) / x."""
-    return 0.5 - _over(log_cosh(x / 2), x, 0.0)
+    return 0.5 - ratio(log_cosh(x / 2), x, 0.0)
 
 
 def exp(x: Tensor) -> Tensor:
     """(exp(x) - 1) / x."""
-    return _over(torch.expm1(x), x, 1.0)
+    return ratio(torch.expm1(x), x, 1.0)
 
 
 def cos(x: Tensor) -> Tensor:
     """(cos(x) - 1) / x = -2 sin(x / 2)^2 / x."""
-    return _over(-2 * torch.sin(x / 2).square(), x, 0.0)
+    return ratio(-2 * torch.sin(x / 2).square(), x, 0.0)
 
 
 def cosh(x: Tensor) -> Tensor:
     """(cosh(x) - 1) / x = 2 sinh(x / 2)^2 / x."""
-    return _over(2 * torch.sinh(x / 2).square(), x, 0.0)
+    return ratio(2 * torch.sinh(x / 2).square(), x, 0.0)
 
 
 OFFSET_GATES: dict[str, tuple[Callable[..., Tensor], Callable[..., float]]] = {

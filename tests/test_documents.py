@@ -59,7 +59,8 @@ def test_every_rule_is_in_the_catalogue() -> None:
             rows[cells[0], cells[1]] = cells[2:]
     shown = {rule for rule, _ in rows}
     public = [kind for kind in vars(rules).values() if isinstance(kind, type) and issubclass(kind, rules.Rule)]
-    missing = {kind.name for kind in public if kind not in (rules.Rule, rules.OnRelevance, rules.Stop)} - shown
+    # Bases have no name of their own, and what stops relevance has nothing to compare.
+    missing = {kind.name for kind in public if kind is not rules.Stop} - {rules.Rule.name} - shown
     assert not missing
     for key, row in catalogue.ROWS.items():
         edges, promises, oracles, error = rows[key]

@@ -14,10 +14,10 @@ from peers import (
     zennit_types,
 )
 from torch import Tensor, nn
+from zennit_networks import CLASSES
 
 from lrp_compiler import LRPModule, compile_for_lrp, composites
 
-CLASSES = 4
 LOW, HIGH = -3.0, 3.0
 
 AGAINST_ZERO = 1e-30

@@ -12,84 +12,17 @@ from peers import (
     zennit_attribution,
     zennit_composites,
     zennit_core,
-    zennit_layer,
     zennit_rules,
     zennit_types,
 )
 from torch import Tensor, nn
-from zennit_oracle import AGAINST_ZERO, CLASSES, HIGH, LOW, NAMES, ours, zennit_composite, zennit_relevance
+from zennit_networks import CLASSES, cnn, resnet, sequence_net, volume_net
+from zennit_oracle import AGAINST_ZERO, HIGH, LOW, NAMES, ours, zennit_composite, zennit_relevance
 
 from lrp_compiler import compile_for_lrp, composites, errors
 
 FLOAT64 = 1e-9
 """Same rules, same stabilisers: rounding only, amplified where positive and negative parts cancel."""
-
-
-def cnn() -> nn.Module:
-    """Biases, strides, groups, dilation and both kinds of pooling."""
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4),
-        nn.ReLU(),
-        nn.MaxPool2d(3, stride=2, padding=1),
-        nn.Conv2d(8, 12, 3, padding=1, bias=False),
-        nn.ReLU(),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(48, 16),
-        nn.ReLU(),
-        nn.Linear(16, CLASSES),
-    )
-
-
-class Block(nn.Module):
-    """conv-bn-relu-conv-bn beside a strided shortcut, summed by the module that zennit has a rule for."""
-
-    def __init__(self, channels: int, out: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.BatchNorm2d(out)
-        self.relu1 = nn.ReLU()
-        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
-        self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride=2, bias=False), nn.BatchNorm2d(out))
-        self.sum, self.relu2 = zennit_layer.Sum(), nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        return self.relu2(self.sum(torch.stack([inner, self.shortcut(x)], -1)))
-
-
-def resnet() -> nn.Module:
-    """A stem, a residual block and a head; eps is zero since zennit's fold would apply it twice."""
-    stem = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
-    model = nn.Sequential(*stem, Block(4, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eps = 0.0
-            nn.init.normal_(module.bias)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    return model.eval()
-
-
-def sequence_net() -> nn.Module:
-    """One dimension, and a transposed convolution."""
-    return nn.Sequential(
-        nn.Conv1d(3, 6, 5, stride=2),
-        nn.ReLU(),
-        nn.ConvTranspose1d(6, 4, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool1d(3),
-        nn.Flatten(),
-        nn.Linear(12, CLASSES),
-    )
-
-
-def volume_net() -> nn.Module:
-    """Three dimensions, grouped."""
-    layers = [nn.Conv3d(2, 4, 3, padding=1, groups=2), nn.ReLU(), nn.MaxPool3d(2), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(32, CLASSES))
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
