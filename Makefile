@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Test processes side by side; each keeps one thread for itself.
+WORKERS ?= 2
 # The root must stay off sys.path: a bare "kernels" is another package's name (see CONTRIBUTING.md).
 export PYTHONSAFEPATH := 1
 
@@ -11,10 +13,10 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/test.installed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n $(WORKERS)
 
 test-full: $(VENV)/test.installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS)
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ setup(
     package_data={"lrp_compiler": ["py.typed"]},
     install_requires=["torch>=2.11", "numpy"],
     extras_require={
-        "dev": ["pytest", "hypothesis", "expecttest", "mypy", "ruff"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "expecttest", "mypy", "ruff"],
         "hf": ["transformers>=5"],
         "viz": ["matplotlib", "scikit-learn", "rich"],
         # zennit and lxt also name torchvision, which has no CPU build here: see CONTRIBUTING.md.

@@ -1,4 +1,4 @@
-"""What every test starts from: offline, two threads, a fixed seed, reproducible examples in CI."""
+"""What every test starts from: offline, two threads in all, a fixed seed, reproducible examples in CI."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
 # CI draws the same examples every time; elsewhere every run searches anew.
 settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("here")
