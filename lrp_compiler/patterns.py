@@ -159,7 +159,7 @@ def _layout(op: Operation, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], 
     if "transpose" in op.linear_name:
         groups = int(op.argument(6, "groups", 1))
         split = (groups, shape[0] // groups, *shape[1:])
-        order = torch.empty(split, device="meta").transpose(1, 2).shape
+        order = (groups, shape[1], shape[0] // groups, *shape[2:])
         return (
             lambda w: w.reshape(split).transpose(1, 2).flatten(0, 1).flatten(1),
             lambda rows: rows.reshape(order).transpose(1, 2).reshape(shape),

@@ -20,7 +20,7 @@ from lrp_compiler.passes.errors import OptionValueError
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Program, facts, forward_nodes, is_float
-from lrp_compiler.passes.reference_linear import LINEAR_FORMULAS
+from lrp_compiler.passes.reference_linear import LINEAR_FORMULAS, quotient
 from lrp_compiler.passes.reference_recurrent import recurrent
 from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
 from lrp_compiler.passes.rules.base import Rule
@@ -42,7 +42,7 @@ def reference_relevance(
     values = _forward(program, inputs)
     nodes = program.nodes_by_name()
     arriving: dict[Any, Tensor] = {}
-    gradients = any(isinstance(facts(node).rule, Gradient) for node in program.graph.nodes)
+    gradients = _follows_gradients(program)
     for index, seed in seeds.items():
         node = nodes[str(program.outputs[index])]
         _add(arriving, node, seed if gradients else seed * values[node])
@@ -63,6 +63,21 @@ def reference_relevance(
     found = {name: arriving.get(nodes[name], torch.zeros_like(values[nodes[name]])) for name in sites}
     times_input = gradients and program.composite is not None and program.composite.readout == "relevance"
     return {name: value * values[nodes[name]] if times_input else value for name, value in found.items()}
+
+
+def _follows_gradients(program: Program) -> bool:
+    """Whether every rule is the gradient, so that coefficients are carried in place of relevance.
+
+    Raises OptionValueError for gradients beside other rules, and for results that are coefficients of other rules.
+    """
+    rules = {type(facts(node).rule) for node in program.graph.nodes if facts(node).rule is not None}
+    if rules == {Gradient}:
+        return True
+    readout = program.composite.readout if program.composite is not None else "relevance"
+    if Gradient in rules or readout == "coefficient":
+        cause = "the interpreter carries relevance alone, not the coefficients this composite has or returns"
+        raise OptionValueError(name="reference", value=True, cause=cause)
+    return False
 
 
 def _forward(program: Program, inputs: list[Any]) -> dict[fx.Node, Any]:
@@ -93,11 +108,6 @@ def _outputs_of(node: fx.Node, values: dict[fx.Node, Any], arriving: dict[Any, T
     return [
         arriving.get((node, index), torch.zeros_like(value)) for index, value in enumerate(outputs) if is_float(value)
     ]
-
-
-def _ratio(relevance: Tensor, z: Tensor) -> Tensor:
-    """R / z, nothing where z is zero."""
-    return torch.where(z == 0, 0, relevance / torch.where(z == 0, 1, z))
 
 
 def _propagate(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
@@ -138,7 +148,7 @@ def _float_results(op: Operation, values: dict[fx.Node, Any]) -> list[Tensor]:
 def _plain(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
     """R_x = x * VJP(R / z)."""
     operands = rule.receivers(op)
-    ratios = [_ratio(r, z) for r, z in zip(outputs, _float_results(op, values), strict=True)]
+    ratios = [quotient(r, z) for r, z in zip(outputs, _float_results(op, values), strict=True)]
     return _times_input(operands, _vjp(op, ratios, values, operands), values)
 
 
@@ -190,7 +200,7 @@ def _layer_norm(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[f
             dims, weight = list(range(-len(op.args[1]), 0)), _maybe(op.args[2], values)
             normalised = _centred(x, dims, op.args[4])
             scaled = normalised if weight is None else normalised * weight
-        (grad,) = torch.autograd.grad(scaled, x, _ratio(outputs[0], y))
+        (grad,) = torch.autograd.grad(scaled, x, quotient(outputs[0], y))
     return {operand: x.detach() * grad}
 
 
@@ -213,7 +223,7 @@ def _batch_norm(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[f
     spread = x.var(dims, unbiased=False) if training else values[variance]
     scale = (1 if weight is None else weight) / torch.sqrt(spread + eps)
     shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
-    return {operand: x * scale.view(shape) * _ratio(outputs[0], values[op.node][0])}
+    return {operand: x * scale.view(shape) * quotient(outputs[0], values[op.node][0])}
 
 
 def _softmax(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
@@ -238,7 +248,7 @@ def _attention(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx
     masked = scores + _mask(op, scores, values)
     weights = torch.nan_to_num(torch.softmax(masked, -1))
     result = weights @ value_full
-    ratio = _ratio(outputs[0], result)
+    ratio = quotient(outputs[0], result)
     on_scores = isinstance(rule, Attention) and not isinstance(rule, AttentionValueOnly)
     scored = [side for side in (0, 1) if side in operands]
     split = 2 if 2 in operands and scored and on_scores else 1
@@ -249,8 +259,8 @@ def _attention(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx
         r_weights = weights * ((ratio / split) @ value_full.mT)
         share = r_weights - weights * r_weights.sum(-1, keepdim=True)
         r_masked = torch.where(torch.isinf(masked), 0, masked * share)
-        r_scores = torch.where(torch.isinf(masked), 0, scores * _ratio(r_masked, masked))
-        each = scale * _ratio(r_scores, scores) / len(scored)
+        r_scores = torch.where(torch.isinf(masked), 0, scores * quotient(r_masked, masked))
+        each = scale * quotient(r_scores, scores) / len(scored)
         if 0 in operands:
             found[operands[0]] = query * (each @ key_full)
         if 1 in operands:
@@ -290,7 +300,7 @@ def _scan(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node
             if node.name in swallowed:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: loop[n] if n in loop else values[n])
                 loop[node] = node.target(*args, **kwargs)
-        (grad,) = torch.autograd.grad(loop[op.node], leaf, _ratio(outputs[0], values[op.node]))
+        (grad,) = torch.autograd.grad(loop[op.node], leaf, quotient(outputs[0], values[op.node]))
     return _times_input((operand,), [grad], values)
 
 

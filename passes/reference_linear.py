@@ -17,6 +17,11 @@ Values = dict[fx.Node, Any]
 Relevances = dict[Operand, Tensor]
 
 
+def quotient(relevance: Tensor, z: Tensor) -> Tensor:
+    """R / z, nothing where z is zero."""
+    return torch.where(z == 0, 0, relevance / torch.where(z == 0, 1, z))
+
+
 class _Linear:
     """An op's input, weight and bias as numbers, and products with parts of them."""
 

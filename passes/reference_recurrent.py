@@ -11,12 +11,8 @@ from torch import Tensor, fx
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.recurrent import has_biases, is_cell
+from lrp_compiler.passes.reference_linear import quotient
 from lrp_compiler.passes.rules.base import Rule
-
-
-def _ratio(relevance: Tensor, z: Tensor) -> Tensor:
-    """R / z, nothing where z is zero."""
-    return torch.where(z == 0, 0, relevance / torch.where(z == 0, 1, z))
 
 
 @dataclass(frozen=True)
@@ -46,9 +42,9 @@ class _LSTMStep:
     def back(self, r_h: Tensor, r_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(R_x, R_before, R_c_before): gates get nothing, each sum is shared by its terms."""
         if self.weights.projection is not None:
-            r_h = self.signal * (_ratio(r_h, self.h) @ self.weights.projection)
-        share = _ratio(r_c + r_h, self.c)
-        ratio = _ratio(self.new * share, self.p)
+            r_h = self.signal * (quotient(r_h, self.h) @ self.weights.projection)
+        share = quotient(r_c + r_h, self.c)
+        ratio = quotient(self.new * share, self.p)
         w, u = (weight.chunk(4)[2] for weight in (self.weights.w, self.weights.u))
         return self.x * (ratio @ w), self.before * (ratio @ u), self.kept * share
 
@@ -67,8 +63,8 @@ class _GRUStep:
 
     def back(self, r_h: Tensor, r_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(R_x, R_before, nothing)."""
-        share = _ratio(r_h, self.h)
-        ratio = _ratio(self.new * share, self.p)
+        share = quotient(r_h, self.h)
+        ratio = quotient(self.new * share, self.p)
         w, u = (weight.chunk(3)[2] for weight in (self.weights.w, self.weights.u))
         return self.x * (ratio @ w), self.kept * share + self.before * ((self.r * ratio) @ u), r_c
 
@@ -83,7 +79,7 @@ class _RNNStep:
 
     def back(self, r_h: Tensor, r_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(R_x, R_before, nothing); an output of zero has nothing to hand on."""
-        ratio = _ratio(torch.where(self.h == 0, 0, r_h), self.p)
+        ratio = quotient(torch.where(self.h == 0, 0, r_h), self.p)
         return self.x * (ratio @ self.weights.w), self.before * (ratio @ self.weights.u), r_c
 
 
