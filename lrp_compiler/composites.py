@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -159,12 +159,17 @@ def relp() -> Composite:
     return attnlrp().override((by_gradient, Gradient()), name="relp")
 
 
+def is_sum(op: Operation) -> bool:
+    """Whether a reduction is a sum or mean."""
+    return op_name(op.node) in ("aten::sum", "aten::mean")
+
+
 def dynamiclrp() -> Composite:
     """DynamicLRP's rules: absolute-ratio sums and products, credited biases, identity at activations and norms.
 
     The rules of the paper, without the published engine's deviations (RULES.md 7.14).
     """
-    sums = on(OpClass.REDUCTION, where=lambda op: op.linear_name in ("aten::sum", "aten::mean"))
+    sums = on(OpClass.REDUCTION, where=is_sum)
     lines: Lines = (
         (LINEAR, CreditedBias()),
         (on(OpClass.ADD), AbsoluteAdd()),
@@ -185,13 +190,18 @@ def bcos() -> Composite:
     return cp_lrp().override(absolute, name="bcos")
 
 
+def has_offset_gate(op: Operation) -> bool:
+    """Whether an op is f(0) + x g(x) with a known g."""
+    return op_name(op.node) in OFFSET_GATES
+
+
 def linear_interpreter() -> Composite:
     """LinearScope (1908.05168): what is not linear is frozen, y = W(x) x + r; results are rows of W, not products.
 
     Gates, norm statistics, indices and attention maps are constants; ``tape.linearised()`` has rows, columns and r.
     """
-    has_offset = on(OpClass.NONLINEAR, where=lambda op: op_name(op.node) in OFFSET_GATES)
-    frozen = cp_lrp().override((has_offset, OffsetGate()), name="linear_interpreter")
+    line = (on(OpClass.NONLINEAR, where=has_offset_gate), OffsetGate())
+    frozen = cp_lrp().override(line, name="linear_interpreter")
     return replace(frozen, readout="coefficient")
 
 
@@ -206,12 +216,19 @@ def keep_top(composite: Composite, fraction: float) -> Composite:
 
 def _restricted(matcher: Matcher, *, to_products: bool) -> Matcher:
     """``matcher`` for linear maps and products alone, or for all else."""
+    return replace(matcher, where=_IsProduct(to_products, matcher.where))
 
-    def holds(op: Operation) -> bool:
+
+@dataclass(frozen=True)
+class _IsProduct:
+    """Whether an op is a linear map or product, as asked, and meets a further test."""
+
+    wanted: bool
+    further: Callable[[Operation], bool] | None
+
+    def __call__(self, op: Operation) -> bool:
         is_product = op.op_class in (OpClass.LINEAR, OpClass.BILINEAR)
-        return is_product == to_products and (matcher.where is None or matcher.where(op))
-
-    return replace(matcher, where=holds)
+        return is_product == self.wanted and (self.further is None or self.further(op))
 
 
 def pattern_composite(name: str, rule: PatternSite) -> Composite:

@@ -167,7 +167,7 @@ class _Inserter:
         if entry is not None and entry.op_class is OpClass.TUPLE:
             self.tuples.setdefault(node.args[0], {}).setdefault(node.args[1], []).extend(self.pending[node])  # type: ignore[arg-type]
             return
-        site = Site(Operation(node, self.nodes), self.emitter)
+        site = Site(Operation(node, self.nodes), self.emitter, is_seeded=node.name in self.request.starts)
         edge = self.incoming(node, rule.kind)
         if node.name in self.maps:
             self.results.append((Result("attention_map", node.name), read_map(site, rule, edge)))

@@ -44,6 +44,11 @@ class LinearMap:
         result: Tensor = self.target(*args, **kwargs)
         return result
 
+    def given(self, operands: Any, leaf: int) -> Tensor:
+        """The operand at ``leaf`` as the call has it; its relevance is of its dtype."""
+        found: Tensor = pytree.tree_leaves(operands)[leaf]
+        return found
+
     def transpose(self, operands: Any, x: Tensor, weight: Tensor, v: Tensor) -> Tensor:
         """W^T v at the shape of ``x``."""
         _, pull, *_ = torch.func.vjp(lambda value: self(operands, value, weight), x)

@@ -23,11 +23,15 @@ aten = torch.ops.aten
 
 
 class Site:
-    """An op whose relevance is being written; forward nodes given to ``emit`` become promises if they are read."""
+    """An op whose relevance is being written; forward nodes given to ``emit`` become promises if they are read.
 
-    def __init__(self, op: Operation, emitter: RelevanceEmitter) -> None:
+    ``is_seeded`` says that a seed starts at its output, beside what its readers send back.
+    """
+
+    def __init__(self, op: Operation, emitter: RelevanceEmitter, *, is_seeded: bool = False) -> None:
         self.op = op
         self.emitter = emitter
+        self.is_seeded = is_seeded
 
     @property
     def node(self) -> fx.Node:
@@ -47,7 +51,7 @@ class Site:
 
     def at(self, values: dict[Operand, fx.Node]) -> Site:
         """This op with other values for some operands, to be linearised there."""
-        return Site(self.op.at(values), self.emitter)
+        return Site(self.op.at(values), self.emitter, is_seeded=self.is_seeded)
 
     def vjp(self, edge: Any, receivers: tuple[Operand, ...]) -> Edges:
         """P1: the op's ordinary vector-Jacobian product for each receiver."""

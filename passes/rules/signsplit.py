@@ -53,10 +53,11 @@ def split_transpose(
 ) -> Tensor:
     """c_x = W^T v1 + sign(x) |W|^T v2."""
     v1, v2, _, _ = split(method, parameters, lin, operands, fold, c, z)
+    dtype = lin.given(operands, lin.x).dtype
     operands, fold = in_full_precision((operands, fold))
     x, weight, _ = lin.parts(operands, fold)
     plain = lin.transpose(operands, x, weight, v1)
-    return (plain + torch.sign(x) * lin.transpose(operands, x, weight.abs(), v2)).to(c.dtype)
+    return (plain + torch.sign(x) * lin.transpose(operands, x, weight.abs(), v2)).to(dtype)
 
 
 def split_on_weight(
@@ -64,10 +65,11 @@ def split_on_weight(
 ) -> Tensor:
     """c_W = x^T v1 + sign(W) * |x|^T v2: the transposes of the other factor, summed over the batch."""
     v1, v2, _, _ = split(method, parameters, lin, operands, [], c, z)
+    dtype = lin.given(operands, lin.weight).dtype
     operands = in_full_precision(operands)
     x, weight, _ = lin.parts(operands, [])
     plain = lin.weight_transpose(operands, x, weight, v1)
-    return (plain + torch.sign(weight) * lin.weight_transpose(operands, x.abs(), weight, v2)).to(c.dtype)
+    return (plain + torch.sign(weight) * lin.weight_transpose(operands, x.abs(), weight, v2)).to(dtype)
 
 
 def split_remainder(
@@ -95,7 +97,7 @@ def one_sided(
 
     c_x = alpha W+^T (R / stab(W+ x + b+)) - beta W-^T (R / stab(W- x + b-)); ``weights`` is (alpha, -beta).
     """
-    dtype = c.dtype
+    dtype = lin.given(operands, lin.x).dtype
     operands, fold, c, z = in_full_precision((operands, fold, c, z))
     x, weight, bias = lin.parts(operands, fold)
     relevance = z * c
@@ -117,9 +119,10 @@ def rectified_gamma(
 
     c_x = (W + gamma W+)^T (R / stab(z + gamma (W+ x + b+))): one product forward, one back.
     """
+    dtype = lin.given(operands, lin.x).dtype
     operands, fold, c = in_full_precision((operands, fold, c))
     x, weight, bias = lin.parts(operands, fold)
-    dtype, (z, z0) = z.dtype, exact_output(lin, operands, fold, z)
+    z, z0 = exact_output(lin, operands, fold, z)
     favoured = weight.clamp(min=0)
     raised = lin(operands, x, favoured)
     relevance = z * c
@@ -152,7 +155,7 @@ class SignSplit(Rule):
         """What ``method`` takes after the values."""
         return (self.epsilon,)
 
-    def non_negative_form(self, op: Operation) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any] | None:
+    def non_negative_form(self, site: Site) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any] | None:
         """What needs fewer products when x >= 0, with its parameter; None where nothing does."""
         return None
 
@@ -184,7 +187,7 @@ class SignSplit(Rule):
         op = site.op
         (x,) = op.flowing_factors
         arguments = (linear_map(op), [list(op.args), dict(op.kwargs)], op.fold(), edge, site.node)
-        cheaper = self.non_negative_form(op) if facts(x.node).non_negative else None
+        cheaper = self.non_negative_form(site) if facts(x.node).non_negative else None
         if cheaper is not None:
             form, parameter = cheaper
             return site.emit(form, parameter, *arguments, self.epsilon, autograd=True)[which]
@@ -198,7 +201,7 @@ class ZPlus(SignSplit):
     name: ClassVar[str] = "z_plus"
     method: ClassVar[Shares] = staticmethod(signsplit.z_plus)
 
-    def non_negative_form(self, op: Operation) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any]:
+    def non_negative_form(self, site: Site) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any]:
         return one_sided, (1.0, 0.0)
 
 
@@ -219,7 +222,7 @@ class AlphaBeta(SignSplit):
     def parameters(self) -> tuple[float, ...]:
         return (self.alpha, self.beta, self.epsilon)
 
-    def non_negative_form(self, op: Operation) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any]:
+    def non_negative_form(self, site: Site) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any]:
         return one_sided, (self.alpha, -self.beta)
 
     def __str__(self) -> str:
@@ -242,8 +245,10 @@ class Gamma(SignSplit):
     def parameters(self) -> tuple[float, ...]:
         return (self.gamma, self.epsilon)
 
-    def non_negative_form(self, op: Operation) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any] | None:
-        return (rectified_gamma, self.gamma) if feeds_masking_relu(op) else None
+    def non_negative_form(self, site: Site) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any] | None:
+        # A seed that starts at this output is no ReLU's to mask.
+        masked = feeds_masking_relu(site.op) and not site.is_seeded
+        return (rectified_gamma, self.gamma) if masked else None
 
     def __str__(self) -> str:
         return f"gamma({self.gamma:g})"

@@ -60,7 +60,7 @@ def shares(
     name: str, terms_of: Callable[..., Terms], bounds: Any, lin: LinearMap, operands: Any, fold: list[Any], r: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(R_x, what is left of R): R_x = sum of input * W^T (R / stab(z)) over the rule's terms, z their sum."""
-    dtype = r.dtype
+    dtype = lin.given(operands, lin.x).dtype
     operands, fold, bounds, r = in_full_precision((operands, fold, bounds, r))
     x, weight, bias = lin.parts(operands, fold)
     terms = terms_of(x, weight, bounds)

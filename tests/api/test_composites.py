@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -62,3 +65,13 @@ def test_earlier_lines_win_and_one_line_overrides() -> None:
     model, x = Net().double(), torch.randn(16, 4, dtype=torch.float64)
     both = [compile_for_lrp(model, composite).attribute(x, 0) for composite in (base, changed)]
     assert not torch.allclose(*both)
+
+
+@pytest.mark.parametrize("name", composites.COMPOSITES)
+def test_composites_can_be_pickled(name: str) -> None:
+    """A module explained by a Composite object goes through pickle like one explained by name."""
+    composite = composites.keep_top(composites.COMPOSITES[name](), 0.5)
+    model, x = Net().double(), torch.randn(3, 4, dtype=torch.float64)
+    copied = pickle.loads(pickle.dumps(compile_for_lrp(model, composite)))
+    if not name.startswith("pattern_"):
+        assert torch.equal(copied.attribute(x, 0), compile_for_lrp(model, composite).attribute(x, 0))

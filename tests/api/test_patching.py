@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrp_compiler import compile_for_lrp, errors, patch_edge_effects, patch_effects, true_patch_effects
+from lrp_compiler import compile_for_lrp, composites, errors, patch_edge_effects, patch_effects, true_patch_effects
+from lrp_compiler.rules import Gamma, OpClass, on
 
 VOCABULARY, LENGTH, WIDTH, HEADS = 12, 6, 32, 4
 
@@ -156,6 +157,23 @@ def test_edges_are_paths_through_one_site() -> None:
     torch.testing.assert_close(found["b", "c"], change_b * (start @ c))
     nodes = patch_effects(explained, clean, corrupted, (0, 1), ["a"], reduce="none")["a"]
     torch.testing.assert_close(found["a", "b"] + found["a", "c"] + change * start, nodes)
+
+
+def test_seeds_inside_are_not_masked_by_what_follows() -> None:
+    """Gamma before a ReLU is asked only about open outputs, unless a seed starts at the output itself."""
+    layers = [nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)]
+    model, x = nn.Sequential(*layers).double(), torch.rand(3, 4, dtype=torch.float64)
+    seed = torch.randn(3, 5, dtype=torch.float64)
+    composite = composites.epsilon().override((on(OpClass.LINEAR), Gamma()))
+    z = model[1](x).detach()
+    assert (z < 0).any()
+    found = compile_for_lrp(model, composite).run(x)[1].coefficients_from({"1": seed}, "0")
+    weight, bias = (parameter.detach() for parameter in layers[1].parameters())
+    favoured = torch.where((z > 0)[..., None], weight.clamp(min=0), weight.clamp(max=0))
+    raised = weight + 0.25 * favoured
+    total = (raised * x[:, None]).sum(-1) + bias + 0.25 * torch.where(z > 0, bias.clamp(min=0), bias.clamp(max=0))
+    share = z * seed / (total + 1e-6 * torch.sign(total))
+    torch.testing.assert_close(found, (raised * share[..., None]).sum(1), rtol=1e-9, atol=1e-12)
 
 
 def test_edges_of_a_transformer() -> None:

@@ -163,3 +163,11 @@ def test_the_interpreter_reads_relevance_and_values_alone() -> None:
         assert torch.equal(tape.activations("0"), model[0](x))
     with pytest.raises(errors.OptionValueError, match=r"gives relevance at values, not parameter"):
         tape.parameters(0)
+
+
+@pytest.mark.parametrize("name", ["relp", "linear_interpreter"])
+def test_the_interpreter_refuses_what_carries_coefficients(name: str) -> None:
+    """Gradients beside LRP rules, and rows of W, are no relevance."""
+    model, x = Attending(False).double().eval(), torch.randn(2, 5, 6).double()
+    with pytest.raises(errors.OptionValueError, match=r"carries relevance alone"):
+        compile_for_lrp(model, name, reference=True).attribute(x, 0)

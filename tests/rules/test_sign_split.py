@@ -308,3 +308,16 @@ def test_products_with_a_constant_are_linear_layers(op: str, rule: Rule) -> None
     else:
         expected = restated(rule, layers[0], x, seed)
     assert agreement(explained, x, found, expected, "terms one by one") <= FLOAT64
+
+
+@pytest.mark.parametrize("rule", [*RULES, *TERMINALS], ids=str)
+def test_autocast_relevance_is_of_its_input(rule: Rule) -> None:
+    """A float32 input of a layer that autocast runs in bfloat16 gets float32, right to bfloat16's rounding."""
+    layer, x, seed = nn.Linear(6, 5), torch.rand(4, 6) + 0.5, torch.rand(4, 5)
+    with torch.no_grad():
+        layer.weight.abs_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = compile_for_lrp(layer, everywhere(rule)).run(x)[1].relevance(seed)
+    exact = restated(rule, layer.double(), x.double(), seed.double())
+    assert found.dtype == torch.float32
+    assert relative_error(found.double(), exact) <= 4 * torch.finfo(torch.bfloat16).eps
