@@ -18,14 +18,16 @@ def compile_for_lrp(model: nn.Module, composite: str | Composite | Any = "auto",
     """Wrap ``model`` in a drop-in module that explains its outputs by Layer-wise Relevance Propagation.
 
     ``composite`` is a name of ``composites.COMPOSITES``, a Composite, or "auto", which picks by what the graph
-    contains; a zennit Composite is translated for this model. Options: ``output`` (name of the output to explain),
-    ``rules`` ({op: rule function or Rule}), ``verify`` ("off" or "ledger"), ``reference`` (run the slow relevance-space
-    interpreter).
+    contains; a zennit Composite is translated for this model. A compiled module may stand for its model: the two then
+    share what was traced, so that comparing composites traces each call once. Options: ``output`` (name of the output
+    to explain), ``rules`` ({op: rule function or Rule}), ``verify`` ("off" or "ledger"), ``reference`` (run the slow
+    relevance-space interpreter).
 
     Nothing is traced before the first call. Raises UnknownCompositeError, UnknownOptionError, OptionValueError.
     """
     if not isinstance(model, nn.Module):
         raise OptionValueError(name="model", value=model, cause="it is not a torch.nn.Module")
+    captures = model.compiler.captures if isinstance(model, LRPModule) else None
     if isinstance(model, LRPModule):
         model = model.original
     chosen = translate(composite, model) if is_zennit_composite(composite) else composite
@@ -33,4 +35,4 @@ def compile_for_lrp(model: nn.Module, composite: str | Composite | Any = "auto",
         raise OptionValueError(name="composite", value=composite, cause="not a name, a Composite or a zennit Composite")
     parsed = parse_options(options)
     rules = {**REGISTRY.snapshot(), **parsed.rules}
-    return LRPModule(model, chosen, Options(parsed.output, rules, parsed.verify, parsed.reference))
+    return LRPModule(model, chosen, Options(parsed.output, rules, parsed.verify, parsed.reference), captures)

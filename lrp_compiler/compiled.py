@@ -1,8 +1,7 @@
-"""Compiled calls: what is built once per kind of call and cached, below the module that users see."""
+"""Explained calls: rules and code for one composite, built once per kind of call and kept."""
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,18 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.captures import CapturedCall, Captures
 from lrp_compiler.composites import AUTO, choose_composite, composite_named
 from lrp_compiler.options import Options
 from lrp_compiler.passes.codegen import Executable
-from lrp_compiler.passes.errors import DeviceMismatchError, OptionValueError, OutputError
-from lrp_compiler.passes.pipeline import (
-    Stage,
-    capture_call,
-    compile_forward,
-    depends_on_grad_mode,
-    emit,
-    explain,
-)
+from lrp_compiler.passes.errors import OptionValueError, OutputError
+from lrp_compiler.passes.pipeline import Stage, emit, explain
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, Request, facts, is_float
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.registry import with_rules
@@ -74,61 +67,36 @@ class ExplainedCall:
         return next((index for found, index in outputs.items() if "logits" in found), next(iter(outputs.values())))
 
 
-@dataclass
-class CompiledCall:
-    """One kind of call: its captured graph, its forward code, and what was explained of it so far."""
-
-    captured: tuple[Stage, ...]
-    forward: Executable
-    explained: dict[tuple[tuple[str, ...] | None, tuple[str, ...]], ExplainedCall] = field(default_factory=dict)
-
-
 class Compiler:
-    """Compiles calls of one model for one composite, and keeps what it compiled; safe to share between threads."""
+    """Compiles captured calls for one composite, and keeps what it compiled; safe to share between threads."""
 
-    def __init__(self, composite: str | Composite, options: Options) -> None:
+    def __init__(self, composite: str | Composite, options: Options, captures: Captures | None = None) -> None:
         self.composite = composite_named(composite) if isinstance(composite, str) and composite != AUTO else composite
         self.options = options
+        self.captures = captures or Captures()
         if isinstance(self.composite, Composite) and self.composite.against_reference and options.reference:
             cause = f"the interpreter has no formulas for the differences that '{self.composite.name}' explains"
             raise OptionValueError(name="reference", value=True, cause=cause)
-        self._calls: dict[Any, CompiledCall] = {}
-        self._lock = threading.RLock()
+        self._explained: dict[Any, ExplainedCall] = {}
+        # Programs of one capture share their cache of traced functions, so one lock guards them all.
+        self._lock = self.captures.lock
 
-    def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledCall:
-        """The compiled form of this kind of call."""
-        key = call_key(model, args, kwargs)
-        grad_enabled = torch.is_grad_enabled()
-        found = self._calls.get((key, grad_enabled))
-        if found is not None:
-            return found
-        with self._lock:
-            if (key, grad_enabled) not in self._calls:
-                self._compile(key, grad_enabled, model, args, kwargs)
-            return self._calls[key, grad_enabled]
-
-    def _compile(
-        self, key: Any, grad_enabled: bool, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Compile a call; the result serves both grad modes unless the model's attention tells them apart."""
-        _check_devices(model, args, kwargs)
-        captured = capture_call(model, args, kwargs, frozenset(self.options.rules), grad_enabled)
-        compiled = CompiledCall(captured, compile_forward(captured))
-        modes = (grad_enabled,) if depends_on_grad_mode(captured) else (False, True)
-        self._calls.update({(key, mode): compiled for mode in modes})
+    def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
+        """This kind of call, captured; ops that the user has rules for are kept whole."""
+        return self.captures.call(model, args, kwargs, frozenset(self.options.rules))
 
     def explain(
-        self, call: CompiledCall, attributed: tuple[str, ...] | None, varied: tuple[str, ...] = ()
+        self, call: CapturedCall, attributed: tuple[str, ...] | None, varied: tuple[str, ...] = ()
     ) -> ExplainedCall:
         """``call`` with rules assigned for these attributed inputs (None: every input that can be).
 
         ``varied`` names the inputs that a reference run changes beside them.
         """
-        key = (attributed, tuple(name for name in varied if name not in (attributed or ())))
+        inputs = (attributed, tuple(name for name in varied if name not in (attributed or ())))
         with self._lock:
-            if key not in call.explained:
-                call.explained[key] = ExplainedCall(explain(call.captured, *key, self._choose))
-            return call.explained[key]
+            if (call, *inputs) not in self._explained:
+                self._explained[call, *inputs] = ExplainedCall(explain(call.stages, *inputs, self._choose))
+            return self._explained[call, *inputs]
 
     def emitted(self, explained: ExplainedCall, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """Stages and code for one request."""
@@ -138,44 +106,6 @@ class Compiler:
     def _choose(self, program: Program) -> Composite:
         chosen = choose_composite(program) if isinstance(self.composite, str) else self.composite
         return with_rules(chosen, self.options.rules)
-
-
-def call_key(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Everything that decides what a call compiles to: arguments, parameters, training flags and autocast."""
-    leaves, tree = pytree.tree_flatten((args, kwargs))
-    owners: dict[int, int] = {}
-    weights = []
-    for name, value in [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]:
-        owner = owners.setdefault(id(value), len(owners))
-        weights.append((name, owner, value.shape, value.dtype, value.device, value.requires_grad))
-    training = tuple(module.training for module in model.modules())
-    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-    autocast = tuple(
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in sorted(devices)
-        if torch.amp.is_autocast_available(kind)
-    )
-    return tuple(map(_leaf_key, leaves)), tree, tuple(weights), training, autocast
-
-
-def _leaf_key(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return ("tensor", leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
-    return (type(leaf), leaf)
-
-
-def _check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse inputs that lie on another device than the parameters."""
-    parameter = next(iter([*model.parameters(), *model.buffers()]), None)
-    if parameter is None:
-        return
-    for path, leaf in pytree.tree_flatten_with_path((args, kwargs))[0]:
-        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.device.type != parameter.device.type:
-            name = pytree.keystr(path[1:]).strip(".[]'\"")
-            raise DeviceMismatchError(name=name, input_device=leaf.device, model_device=parameter.device)
 
 
 def live_value(model: nn.Module, spec: InputSpec) -> Tensor:

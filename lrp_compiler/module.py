@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.baselines import Baseline, Baselines, named_inputs, reference_inputs
+from lrp_compiler.captures import Captures
 from lrp_compiler.compiled import Compiler, ExplainedCall, graph_inputs, rebuild_output
 from lrp_compiler.options import Options
 from lrp_compiler.passes.errors import BaselineError
@@ -28,7 +29,7 @@ class LRPModule(nn.Module):
     """A model's drop-in: same outputs, parameters, state and submodules, and relevance for any of its values.
 
     It shares the original's parameters, buffers and children, so training either trains both. Each kind of call
-    (shapes, dtypes, training flags) is compiled at its first use.
+    (shapes, dtypes, training flags) is compiled at its first use; modules with the same ``captures`` trace it once.
     """
 
     _model: nn.Module
@@ -36,7 +37,13 @@ class LRPModule(nn.Module):
     _options: Options
     _compiler: Compiler
 
-    def __init__(self, model: nn.Module, composite: str | Composite = "auto", options: Options | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: str | Composite = "auto",
+        options: Options | None = None,
+        captures: Captures | None = None,
+    ) -> None:
         super().__init__()
         # Into __dict__, so that the original does not become a child and its state keeps its names.
         self.__dict__["_model"] = model
@@ -44,7 +51,7 @@ class LRPModule(nn.Module):
             self.__dict__[shared] = model.__dict__[shared]
         self.__dict__["_composite"] = composite
         self.__dict__["_options"] = options or Options()
-        self.__dict__["_compiler"] = Compiler(composite, self._options)
+        self.__dict__["_compiler"] = Compiler(composite, self._options, captures)
 
     @property
     def training(self) -> bool:
@@ -212,7 +219,7 @@ class LRPModule(nn.Module):
 
     def _user_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """The names of the argument leaves, as the model's forward calls them."""
-        program = self._compiler.call(self._model, args, kwargs).captured[-1].program
+        program = self._compiler.call(self._model, args, kwargs).program
         return [spec.target for spec in program.inputs if spec.kind is InputKind.USER]
 
 

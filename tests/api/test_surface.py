@@ -346,3 +346,13 @@ def test_new_shapes_and_dtypes_compile_anew() -> None:
         assert explained.attribute(x, 1).shape == x.shape
     strided = torch.randn(3, 2).t()
     torch.testing.assert_close(explained.attribute(strided, 1), explained.attribute(strided.contiguous(), 1))
+
+
+def test_composites_of_one_model_share_its_capture() -> None:
+    case = zoo.build("vgg")
+    attnlrp = compile_for_lrp(case.model, "attnlrp")
+    plus = compile_for_lrp(attnlrp, "epsilon_plus")
+    first, second = attnlrp.stages(*case.args), plus.stages(*case.args)
+    assert [a is b for a, b in zip(first, second, strict=True)] == [True] * 6 + [False] * 6
+    alone = compile_for_lrp(case.model, "epsilon_plus").run(*case.args)[1].relevance(case.target)
+    assert torch.equal(plus.run(*case.args)[1].relevance(case.target), alone)

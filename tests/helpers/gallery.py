@@ -1,0 +1,193 @@
+"""The gallery: tiny random models of every architecture this library promises, and what each has to show.
+
+A family file (gallery_text.py, ...) holds builders; an Entry says what is known of one architecture. No check here
+knows any model: what differs between them stands in the entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from lrp_compiler import LRPModule, Tape, compile_for_lrp
+
+COMPOSITES = ("attnlrp", "epsilon_plus", "auto")
+FLOAT64 = 1e-10
+"""Relative gap that a ledger may have in float64: some 10^5 roundings of 1e-16 each."""
+
+
+@dataclass
+class Call:
+    """One call ``model(*args, **kwargs)`` of a batch."""
+
+    model: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> Any:
+        return self.model(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One architecture: how it is built, and what is special about it.
+
+    ``build`` makes a call with a batch of two or more. ``target`` is what to explain; ``sources`` the inputs that must
+    be found to carry relevance. ``mask`` names the keyword argument with ones for real tokens and zeros for padding,
+    ``tokens`` the input it masks. ``batched`` is False where the samples of a batch are not separate (a graph's nodes,
+    say), with the reason in ``because``. ``unbatched`` names keyword arguments that are shared by all samples.
+    ``rounding`` says why outputs equal eager's to rounding only, '' demanding the same bits.
+    """
+
+    build: Callable[[], Call]
+    target: Any
+    sources: tuple[str, ...]
+    mask: str | None = None
+    tokens: str = "input_ids"
+    batched: bool = True
+    because: str = ""
+    unbatched: tuple[str, ...] = ()
+    rounding: str = ""
+
+
+class InDouble(TorchFunctionMode):
+    """Whatever asks for float32 gets float64: Hugging Face computes norms, softmax and rotary in float32 by name."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args, kwargs = pytree.tree_map(_widened, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _widened(leaf: Any) -> Any:
+    return torch.float64 if leaf is torch.float32 else leaf
+
+
+def made(entry: Entry, *, double: bool = False) -> Call:
+    """The call of an entry in eval mode, every parameter and running statistic random."""
+    torch.manual_seed(0)
+    call = entry.build()
+    call.model.eval()
+    with torch.no_grad():
+        for parameter in call.model.parameters():
+            if parameter.is_complex():
+                continue
+            if parameter.dim() <= 1:
+                nn.init.normal_(parameter, 0.5, 0.3)
+            else:
+                nn.init.normal_(parameter, 0.0, 0.6 * parameter[0].numel() ** -0.5)
+    for module in call.model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            nn.init.normal_(module.running_mean, 0.0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        # A cache is no tree of tensors, and an explained call needs none: it returns None in its place.
+        if getattr(getattr(module, "config", None), "use_cache", None):
+            module.config.use_cache = False
+    if double:
+        call.model.double()
+        call.args, call.kwargs = pytree.tree_map(_double, (call.args, call.kwargs))
+    return call
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.dtype == torch.float32 else leaf
+
+
+@contextlib.contextmanager
+def precision(double: bool) -> Iterator[None]:
+    """Compute in float64 throughout, or leave everything as it is."""
+    with InDouble() if double else contextlib.nullcontext():
+        yield
+
+
+def relevance(tape: Tape, target: Any) -> dict[str, Tensor]:
+    """Relevance per attributed input."""
+    found = tape.relevance(target)
+    return found if isinstance(found, dict) else {"input": found}
+
+
+def check_drop_in(entry: Entry) -> None:
+    """Outputs of the same type and the same bits as eager's, with and without gradients recorded."""
+    call = made(entry)
+    explained = compile_for_lrp(call.model, "attnlrp")
+    for context in (torch.no_grad(), contextlib.nullcontext()):
+        with context:
+            ours, theirs = explained(*call.args, **call.kwargs), call()
+        assert type(ours) is type(theirs)
+        for one, other in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True):
+            if not isinstance(other, Tensor):
+                assert one == other
+            elif entry.rounding:
+                torch.testing.assert_close(one, other)
+            else:
+                assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def check_relevance(entry: Entry) -> None:
+    """Every composite: all live ops covered, sources found, relevance finite, ledger closed op by op in float64."""
+    call = made(entry, double=True)
+    explained: Any = call.model
+    with precision(True):
+        for composite in COMPOSITES:
+            explained = compile_for_lrp(explained, composite)
+            tape = explained.run(*call.args, **call.kwargs)[1]
+            report = explained.report(*call.args, **call.kwargs)
+            assert set(report.inputs) == set(entry.sources), report.inputs
+            found = relevance(tape, entry.target)
+            for name, value in found.items():
+                assert torch.isfinite(value).all(), (composite, name)
+            assert any(value.count_nonzero() for value in found.values()), composite
+            ledger = tape.ledger(entry.target)
+            assert ledger.rows and ledger.seed != 0
+            for row in ledger.rows:
+                assert row.relative_gap <= FLOAT64, (composite, row)
+
+
+def check_batch(entry: Entry) -> None:
+    """A batch is its samples one by one."""
+    call = made(entry, double=True)
+    with precision(True), torch.no_grad():
+        explained = compile_for_lrp(call.model, "attnlrp")
+        together = relevance(explained.run(*call.args, **call.kwargs)[1], entry.target)
+        for sample in range(2):
+            one = _sample(entry, call, sample)
+            alone = relevance(explained.run(*one.args, **one.kwargs)[1], _target_of(entry.target, sample))
+            for name, value in alone.items():
+                scale = together[name].abs().max().item()
+                torch.testing.assert_close(value[0], together[name][sample], rtol=1e-9, atol=1e-11 * scale)
+
+
+def _sample(entry: Entry, call: Call, sample: int) -> Call:
+    def cut(leaf: Any) -> Any:
+        return leaf[sample : sample + 1] if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+    kwargs = {k: v if k in entry.unbatched else pytree.tree_map(cut, v) for k, v in call.kwargs.items()}
+    return replace(call, args=pytree.tree_map(cut, call.args), kwargs=kwargs)
+
+
+def _target_of(target: Any, sample: int) -> Any:
+    return target[sample : sample + 1] if isinstance(target, Tensor) else target
+
+
+def check_padding(entry: Entry) -> None:
+    """Padding tokens get exactly nothing, others something."""
+    assert entry.mask is not None
+    call = made(entry)
+    mask = call.kwargs[entry.mask].bool()
+    assert not mask.all()
+    explained: LRPModule | nn.Module = call.model
+    for composite in COMPOSITES:
+        explained = compile_for_lrp(explained, composite)
+        found = explained.run(*call.args, **call.kwargs)[1].relevance(entry.target)
+        at_tokens = found[entry.tokens] if isinstance(found, dict) else found
+        assert torch.isfinite(at_tokens).all()
+        padded = at_tokens.flatten(mask.dim()).abs().sum(-1) if at_tokens.dim() > mask.dim() else at_tokens
+        assert (padded[~mask] == 0).all() and (padded[mask] != 0).any()
