@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from lrp_compiler.interop.zennit import is_zennit_composite, translate
 from lrp_compiler.module import LRPModule
-from lrp_compiler.options import Options, parse_options
+from lrp_compiler.options import parse_options
 from lrp_compiler.passes.errors import OptionValueError
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.registry import REGISTRY
@@ -21,7 +22,7 @@ def compile_for_lrp(model: nn.Module, composite: str | Composite | Any = "auto",
     contains; a zennit Composite is translated for this model. A compiled module may stand for its model: the two then
     share what was traced, so that comparing composites traces each call once. Options: ``output`` (name of the output
     to explain), ``rules`` ({op: rule function or Rule}), ``verify`` ("off" or "ledger"), ``reference`` (run the slow
-    relevance-space interpreter).
+    relevance-space interpreter), ``dynamic`` (False to trace every distinct shape for itself).
 
     Nothing is traced before the first call. Raises UnknownCompositeError, UnknownOptionError, OptionValueError.
     """
@@ -35,4 +36,4 @@ def compile_for_lrp(model: nn.Module, composite: str | Composite | Any = "auto",
         raise OptionValueError(name="composite", value=composite, cause="not a name, a Composite or a zennit Composite")
     parsed = parse_options(options)
     rules = {**REGISTRY.snapshot(), **parsed.rules}
-    return LRPModule(model, chosen, Options(parsed.output, rules, parsed.verify, parsed.reference), captures)
+    return LRPModule(model, chosen, replace(parsed, rules=rules), captures)

@@ -1,10 +1,18 @@
-"""Captured calls: a model's graphs, traced once per kind of call and shared by every composite that explains it."""
+"""Captured calls: a model's graphs, traced once per kind of call and shared by every composite that explains it.
+
+The first shape is traced as it is. From the second distinct shape on, the sizes that differed are left open, so that
+one graph serves them all; a model whose forward depends on a size gets a graph for each of its values.
+"""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
-from typing import Any
+import time
+import warnings
+from collections import deque
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,62 +21,239 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
-from lrp_compiler.passes.program import Program
+from lrp_compiler.passes.program import InputKind, Program
+from lrp_compiler.passes.sizes import SizeBinder, Sizes
+
+GRAPHS = 8
+"""How many graphs are kept for calls that differ in sizes alone; the oldest goes first."""
+
+ATTEMPTS = 3
+"""How often it is tried to leave sizes open for calls that differ in sizes alone."""
+
+
+class RecompileWarning(UserWarning):
+    """A model is traced again and again, since its forward depends on sizes that keep changing."""
 
 
 @dataclass(frozen=True, eq=False)
 class CapturedCall:
-    """One kind of call: the stages of its capture and the code of its forward pass."""
+    """One kind of call: the stages of its capture and the code of its forward pass.
+
+    ``grad_modes`` says whether it serves calls that record gradients, that do not, or both.
+    """
 
     stages: tuple[Stage, ...]
     forward: Executable
+    grad_modes: frozenset[bool]
 
     @property
     def program(self) -> Program:
         """The captured program."""
         return self.stages[-1].program
 
+    @cached_property
+    def binder(self) -> SizeBinder:
+        """What tells the sizes of a call."""
+        return SizeBinder(self.program)
+
+    @property
+    def is_symbolic(self) -> bool:
+        """Whether sizes were left open."""
+        return bool(self.binder.open)
+
+    def describe(self, dims: frozenset[tuple[int, int]]) -> str:
+        """(argument leaf, dimension) pairs in words."""
+        names = [spec.target for spec in self.program.inputs if spec.kind is InputKind.USER]
+        return ", ".join(f"{names[leaf]} dimension {dim}" for leaf, dim in sorted(dims))
+
+    def admits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the program holds for a call's sizes."""
+        return self.binder.bind(pytree.tree_leaves((args, kwargs))) is not None
+
+    def sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
+        """The sizes of a call that the program holds for."""
+        sizes = self.binder.bind(pytree.tree_leaves((args, kwargs)))
+        assert sizes is not None
+        return sizes
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One tracing of the model: for which shapes, in which form and why, in how many milliseconds."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    form: Literal["static", "symbolic"]
+    reason: str
+    milliseconds: float
+
+    def __str__(self) -> str:
+        shapes = ", ".join(str(list(shape)) for shape in self.shapes)
+        return f"{shapes}: {self.form} ({self.reason}), {self.milliseconds:.0f} ms"
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class _Family:
+    """Calls that differ in sizes alone: the shapes seen, the graphs kept and why sizes could not be left open."""
+
+    shapes: list[Shapes] = field(default_factory=list)
+    kept: list[CapturedCall] = field(default_factory=list)
+    tried: list[frozenset[tuple[int, int]]] = field(default_factory=list)
+    refusal: str = ""
+    warned: bool = False
+
+    def fitting(self, args: tuple[Any, ...], kwargs: dict[str, Any], grad_enabled: bool) -> CapturedCall | None:
+        """A kept graph that holds for this call."""
+        able = (captured for captured in reversed(self.kept) if grad_enabled in captured.grad_modes)
+        return next((captured for captured in able if captured.admits(args, kwargs)), None)
+
+    def varying(self, shapes: Shapes) -> frozenset[tuple[int, int]]:
+        """The (leaf, dimension) pairs whose size has differed so far; sizes 0 and 1 are never left open."""
+        return frozenset(
+            (leaf, dim)
+            for known in self.shapes
+            for leaf, (before, now) in enumerate(zip(known, shapes, strict=True))
+            for dim, (old, new) in enumerate(zip(before, now, strict=True))
+            if old != new and new > 1
+        )
+
 
 class Captures:
     """The captured calls of one model; safe to share between threads and between composites."""
 
     def __init__(self) -> None:
-        self._calls: dict[Any, CapturedCall] = {}
         self.lock = threading.RLock()
+        self.history: deque[Compilation] = deque(maxlen=100)
+        self._families: dict[Any, _Family] = {}
 
     def call(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: frozenset[str]
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: frozenset[str], dynamic: bool
     ) -> CapturedCall:
-        """This kind of call, captured at its first use; ops named in ``kept`` stay whole."""
-        key = (call_key(model, args, kwargs), kept)
-        grad_enabled = torch.is_grad_enabled()
-        found = self._calls.get((key, grad_enabled))
+        """This kind of call, captured at its first use; ops named in ``kept`` stay whole.
+
+        With ``dynamic`` sizes that have differed are left open where the model allows it.
+        """
+        key = (call_key(model, args, kwargs), kept, dynamic)
+        family, grad_enabled = self._families.get(key), torch.is_grad_enabled()
+        found = family.fitting(args, kwargs, grad_enabled) if family is not None else None
         if found is not None:
             return found
         with self.lock:
-            if (key, grad_enabled) not in self._calls:
-                self._capture(key, grad_enabled, model, args, kwargs, kept)
-            return self._calls[key, grad_enabled]
+            family = self._families.setdefault(key, _Family())
+            found = family.fitting(args, kwargs, grad_enabled)
+            if found is None:
+                _check_devices(model, args, kwargs)
+                found = self._captured(family, model, args, kwargs, kept, dynamic)
+                self._keep(family, found, model, dynamic)
+            return found
 
-    def _capture(
+    def close(self, captured: CapturedCall, reason: str) -> None:
+        """Drop a graph with open sizes that no code can be made for; its shapes are traced one by one instead."""
+        with self.lock:
+            for family in self._families.values():
+                if captured in family.kept:
+                    family.kept.remove(captured)
+                    family.refusal = reason
+
+    def _captured(
         self,
-        key: Any,
-        grad_enabled: bool,
+        family: _Family,
         model: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         kept: frozenset[str],
-    ) -> None:
-        """Capture a call; the result serves both grad modes unless the model's attention tells them apart."""
-        _check_devices(model, args, kwargs)
-        stages = capture_call(model, args, kwargs, kept, grad_enabled)
-        captured = CapturedCall(stages, compile_forward(stages))
-        modes = (grad_enabled,) if depends_on_grad_mode(stages) else (False, True)
-        self._calls.update({(key, mode): captured for mode in modes})
+        dynamic: bool,
+    ) -> CapturedCall:
+        """Trace a call, with the sizes open that have differed so far if that has not failed before."""
+        shapes = tuple(_shape(leaf) for leaf in pytree.tree_leaves((args, kwargs)))
+        start = time.perf_counter()
+        varying = family.varying(shapes)
+        captured = None
+        if varying and dynamic and varying not in family.tried and len(family.tried) < ATTEMPTS:
+            family.tried.append(varying)
+            captured = _with_open_sizes(family, model, args, kwargs, kept, varying)
+        if captured is None:
+            captured = _capture(model, args, kwargs, kept)
+        reason = _reason(family, varying, dynamic, captured)
+        if shapes not in family.shapes:
+            family.shapes.append(shapes)
+        form: Literal["static", "symbolic"] = "symbolic" if captured.is_symbolic else "static"
+        milliseconds = (time.perf_counter() - start) * 1e3
+        self.history.append(Compilation(tuple(filter(None, shapes)), form, reason, milliseconds))
+        return captured
+
+    def _keep(self, family: _Family, captured: CapturedCall, model: nn.Module, dynamic: bool) -> None:
+        """Keep a graph, forget the oldest beyond GRAPHS, and say once why there are so many."""
+        family.kept.append(captured)
+        del family.shapes[:-GRAPHS]
+        if len(family.kept) <= GRAPHS:
+            return
+        del family.kept[0]
+        if not family.warned:
+            family.warned = True
+            why = family.refusal or "sizes keep differing in new ways" if dynamic else "dynamic=False was asked for"
+            warnings.warn(
+                f"{type(model).__name__} has been traced for more than {GRAPHS} shapes: {why}. Pad inputs to a few"
+                " sizes, or take the sizes out of forward.",
+                RecompileWarning,
+                stacklevel=2,
+            )
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else ()
+
+
+def _reason(family: _Family, varying: frozenset[tuple[int, int]], dynamic: bool, captured: CapturedCall) -> str:
+    if not family.shapes:
+        return "first call of its kind"
+    if not dynamic:
+        return "another shape, and dynamic=False"
+    if not varying:
+        return "sizes of 0 or 1, other strides or another gradient mode"
+    differ = f"sizes differ: {captured.describe(varying)}"
+    return f"{differ}; {family.refusal}" if family.refusal else differ
+
+
+def _with_open_sizes(
+    family: _Family,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    kept: frozenset[str],
+    varying: frozenset[tuple[int, int]],
+) -> CapturedCall | None:
+    """The call with open sizes, or None where the model does not allow it; the family remembers why."""
+    try:
+        captured = _capture(model, args, kwargs, kept, varying)
+    except Exception as error:
+        # Whatever goes wrong with open sizes, the call can still be traced as it is; if not, that error is raised.
+        family.refusal = f"sizes cannot be left open: {str(error).splitlines()[0]}"
+        return None
+    closed = varying - captured.binder.open
+    if closed:
+        family.refusal = f"the forward depends on the size of {captured.describe(closed)}"
+    return captured
+
+
+def _capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    kept: frozenset[str],
+    dynamic: frozenset[tuple[int, int]] = frozenset(),
+) -> CapturedCall:
+    """Trace a call; the result serves both grad modes unless the model's attention tells them apart."""
+    grad_enabled = torch.is_grad_enabled()
+    stages = capture_call(model, args, kwargs, kept, grad_enabled, dynamic)
+    modes = {grad_enabled} if depends_on_grad_mode(stages) else {False, True}
+    return CapturedCall(stages, compile_forward(stages), frozenset(modes))
 
 
 def call_key(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Everything that decides what a call compiles to: arguments, parameters, training flags and autocast."""
+    """Everything but sizes that decides what a call compiles to: arguments, parameters, training flags, autocast."""
     leaves, tree = pytree.tree_flatten((args, kwargs))
     owners: dict[int, int] = {}
     weights = []
@@ -90,7 +275,7 @@ def call_key(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return ("tensor", leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+        return ("tensor", leaf.dim(), leaf.dtype, leaf.device)
     return (type(leaf), leaf)
 
 

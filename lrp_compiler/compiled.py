@@ -18,6 +18,7 @@ from lrp_compiler.passes.errors import OptionValueError, OutputError
 from lrp_compiler.passes.pipeline import Stage, emit, explain
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, Request, facts, is_float
 from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.passes.sizes import Size, SizeBinder, Sizes
 from lrp_compiler.registry import with_rules
 
 
@@ -31,6 +32,11 @@ class ExplainedCall:
     @property
     def program(self) -> Program:
         return self.stages[-1].program
+
+    @cached_property
+    def binder(self) -> SizeBinder:
+        """What tells the sizes of a call."""
+        return SizeBinder(self.program)
 
     @cached_property
     def is_random(self) -> bool:
@@ -83,7 +89,9 @@ class Compiler:
 
     def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
         """This kind of call, captured; ops that the user has rules for are kept whole."""
-        return self.captures.call(model, args, kwargs, frozenset(self.options.rules))
+        # The interpreter runs the graph as it is, on plain numbers.
+        dynamic = self.options.dynamic and not self.options.reference
+        return self.captures.call(model, args, kwargs, frozenset(self.options.rules), dynamic)
 
     def explain(
         self, call: CapturedCall, attributed: tuple[str, ...] | None, varied: tuple[str, ...] = ()
@@ -134,8 +142,13 @@ def output_names(program: Program) -> list[str]:
     return [name or "output" for name in cleaned]
 
 
-def rebuild_output(program: Program, leaves: list[Any]) -> Any:
+def rebuild_output(program: Program, leaves: list[Any], sizes: Sizes) -> Any:
     """The model's output from its tensor leaves, in order."""
     supplied = iter(leaves)
-    filled = [leaf.value if isinstance(leaf, Constant) else next(supplied) for leaf in program.outputs]
+    filled = [_number(leaf.value, sizes) if isinstance(leaf, Constant) else next(supplied) for leaf in program.outputs]
     return pytree.tree_unflatten(filled, program.out_spec)
+
+
+def _number(value: Any, sizes: Sizes) -> Any:
+    """An output leaf that is no tensor: a size has the value it has in this call."""
+    return sizes.value(value.expression) if isinstance(value, Size) else value

@@ -114,11 +114,12 @@ class LRPModule(nn.Module):
         call = self._compiler.call(self._model, args, kwargs)
         program = call.forward.program
         inputs = graph_inputs(program, self._model, args, kwargs)
-        values = call.forward.forward(*inputs)
+        sizes = call.sizes(args, kwargs)
+        values = call.forward.forward(sizes, *inputs)
         outputs = len(values) - len(program.mutations)
         names = [spec.node for spec in program.inputs]
         write_back(program.mutations, dict(zip(names, inputs, strict=True)), list(values[outputs:]))
-        return rebuild_output(program, list(values[:outputs]))
+        return rebuild_output(program, list(values[:outputs]), sizes)
 
     def run(
         self,
@@ -139,13 +140,11 @@ class LRPModule(nn.Module):
         random numbers and updates no buffers. Raises BaselineError.
         """
         kwargs = dict(sorted(kwargs.items()))
-        explained = self.explained_call(args, kwargs, wrt, named_inputs(baselines))
+        explained, request = self._prepared(args, kwargs, at, wrt, named_inputs(baselines))
         inputs = graph_inputs(explained.program, self._model, args, kwargs)
         reference = reference_inputs(explained.program, inputs, baselines)
-        request = default_request(explained, at, self._options)
         tape = Tape(self._model, self._compiler, explained, request)
-        leaves = tape.record(inputs, reference)
-        return rebuild_output(explained.program, leaves), tape
+        return tape.record(inputs, reference), tape
 
     def attribute(
         self,
@@ -205,6 +204,27 @@ class LRPModule(nn.Module):
         """Every pass's output for this kind of call; ``str(stage)`` is a Python program."""
         explained = self.explained_call(args, dict(sorted(kwargs.items())), wrt)
         return self._compiler.emitted(explained, default_request(explained, None, self._options))[0]
+
+    def _prepared(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], at: Names, wrt: Names, varied: tuple[str, ...]
+    ) -> tuple[ExplainedCall, Request]:
+        """The compiled form of a call and what its forward pass prepares for, with code that holds for its sizes."""
+        attributed = None if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
+        while True:
+            call = self._compiler.call(self._model, args, kwargs)
+            try:
+                explained = self._compiler.explain(call, attributed, varied)
+                request = default_request(explained, at, self._options)
+                self._compiler.emitted(explained, request)
+            except Exception as error:
+                if not call.is_symbolic:
+                    raise
+                # A rule that cannot do with open sizes gets a graph of this call's own.
+                self._compiler.captures.close(call, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                continue
+            # Generating code may have asked more of the sizes; the call is then captured for its own.
+            if call.admits(args, kwargs):
+                return explained, request
 
     def explained_call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], wrt: Names = None, varied: tuple[str, ...] = ()

@@ -27,6 +27,10 @@ class Options:
         default=False,
         metadata={"help": "run the slow relevance-space interpreter of the same composite instead"},
     )
+    dynamic: bool = field(
+        default=True,
+        metadata={"help": "False traces every distinct shape for itself; True leaves sizes open from the second on"},
+    )
 
 
 def parse_options(given: dict[str, Any]) -> Options:

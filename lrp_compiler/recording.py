@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from lrp_compiler.compiled import Compiler, ExplainedCall
 from lrp_compiler.passes.codegen import Executable
-from lrp_compiler.passes.errors import OptionValueError, StaleTapeError
+from lrp_compiler.passes.errors import OptionValueError, SizesError, StaleTapeError
 from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result
 from lrp_compiler.passes.reference import reference_relevance
+from lrp_compiler.passes.sizes import Sizes
 
 Results = list[tuple[Result, Tensor]]
 Sites = tuple[tuple[str, Reading], ...]
@@ -38,6 +40,7 @@ class Recording:
         self._versions: dict[str, int | None] = {}
         self._leaves: list[Tensor] = []
         self._rng: Tensor | None = None
+        self.sizes = Sizes()
 
     @property
     def program(self) -> Program:
@@ -51,12 +54,22 @@ class Recording:
         """
         self._reference_inputs = reference
         executable = self._compiler.emitted(self._call, self._request)[1]
+        self.sizes = self._bound(inputs)
         self._inputs = _protected(self.program, inputs)
         self._rng = torch.get_rng_state() if self._call.is_random else None
-        self._leaves, mutated, self._saved = _run_forward(executable, inputs)
+        self._leaves, mutated, self._saved = _run_forward(executable, inputs, self.sizes)
         write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
         self._versions = {name: _version(value) for name, value in self._inputs.items()}
         return self._leaves
+
+    def _bound(self, inputs: list[Any]) -> Sizes:
+        """The sizes of this call; raises SizesError when code that has been generated does not hold for them."""
+        users = [value for spec, value in zip(self.program.inputs, inputs, strict=True) if spec.kind is InputKind.USER]
+        sizes = self._call.binder.bind(users)
+        if sizes is None:
+            shapes = ", ".join(str(tuple(value.shape)) for value in users if isinstance(value, Tensor))
+            raise SizesError(shapes=shapes)
+        return sizes
 
     def _names(self) -> list[str]:
         return [spec.node for spec in self.program.inputs]
@@ -82,7 +95,10 @@ class Recording:
     def answer(self, request: Request, seeds: list[Tensor], masks: list[Tensor] | None = None, **how: bool) -> Results:
         """Run the relevance code of ``request`` on seeds and masks in its order; ``how`` as in ``run``."""
         self.check_fresh()
-        return self.run(self._compiler.emitted(self._call, request)[1], seeds, masks or [], **how)
+        executable = self._compiler.emitted(self._call, request)[1]
+        # Code for a new question may ask more of the sizes than the forward pass did.
+        self._bound(list(self._inputs.values()))
+        return self.run(executable, seeds, masks or [], **how)
 
     def run(
         self,
@@ -101,7 +117,8 @@ class Recording:
             values = [value.detach() if isinstance(value, Tensor) else value for value in values]
         with torch.set_grad_enabled(differentiable):
             code = executable.differentiable if differentiable else executable.relevance
-            results = _relevance(code, values, seeds, masks, mapped=mapped)
+            assert code is not None
+            results = _relevance(partial(code, self.sizes), values, seeds, masks, mapped=mapped)
         return list(zip(executable.program.results, results, strict=True))
 
     def interpreted(self, seeds: dict[int, Tensor], sites: Sites) -> Results:
@@ -121,14 +138,14 @@ class Recording:
         if all(name in self._saved for name in executable.saved):
             return
         with torch.no_grad(), self._random_numbers():
-            _, _, saved = _run_forward(executable, list(self._inputs.values()))
+            _, _, saved = _run_forward(executable, list(self._inputs.values()), self.sizes)
         self._saved.update(saved)
 
     def _run_reference(self, executable: Executable) -> None:
         """The same forward code on the baselines; what it would change in place stays as it is."""
         inputs = {**self._inputs, **self._reference_inputs}
         with torch.no_grad(), self._random_numbers():
-            self._reference_leaves, _, recorded = _run_forward(executable, list(inputs.values()))
+            self._reference_leaves, _, recorded = _run_forward(executable, list(inputs.values()), self.sizes)
         self._references.update({**self._reference_inputs, **recorded})
 
     def _random_numbers(self) -> _ReplayedRNG:
@@ -145,10 +162,9 @@ class Recording:
 
 
 def _relevance(
-    code: Callable[..., Any] | None, values: list[Tensor], seeds: list[Tensor], masks: list[Tensor], *, mapped: bool
+    code: Callable[..., Any], values: list[Tensor], seeds: list[Tensor], masks: list[Tensor], *, mapped: bool
 ) -> Any:
     """The results of a relevance graph; ``mapped`` seeds carry one more dimension in front, and so do results."""
-    assert code is not None
     if not mapped:
         return code(*values, *seeds, *masks)
     in_dims = (*(None for _ in values), *(0 for _ in seeds), *(None for _ in masks))
@@ -175,10 +191,12 @@ class _ReplayedRNG:
             torch.set_rng_state(self._outer)
 
 
-def _run_forward(executable: Executable, inputs: list[Any]) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+def _run_forward(
+    executable: Executable, inputs: list[Any], sizes: Sizes
+) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
     """(output leaves, mutated values, recorded values) of one forward pass."""
     program = executable.program
-    values = executable.forward(*inputs)
+    values = executable.forward(sizes, *inputs)
     outputs = sum(not isinstance(leaf, Constant) for leaf in program.outputs)
     mutated = outputs + len(program.mutations)
     recorded = dict(zip(executable.recorded, values[mutated:], strict=True))

@@ -19,6 +19,7 @@ from lrp_compiler.linearised import Linearised
 from lrp_compiler.passes.errors import OptionValueError, OutputError, UnknownSiteError
 from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts
 from lrp_compiler.passes.rules.base import EdgeKind
+from lrp_compiler.passes.sizes import value_of_sizes
 from lrp_compiler.recording import Recording, Results, Sites
 from lrp_compiler.seeds import Target, seeds_for
 from lrp_compiler.sites import SiteRef, is_glob, resolve_sites
@@ -47,12 +48,13 @@ class Tape:
         """The compiled program behind this tape."""
         return self._call.program
 
-    def record(self, inputs: list[Any], reference: dict[str, Tensor]) -> list[Any]:
-        """Run the forward pass on the graph's inputs; returns the output leaves that are tensors.
+    def record(self, inputs: list[Any], reference: dict[str, Tensor]) -> Any:
+        """Run the forward pass on the graph's inputs; returns the model's output.
 
         ``reference`` holds the inputs that differ in the reference run, by node name.
         """
-        return self._recording.record(inputs, reference)
+        leaves = self._recording.record(inputs, reference)
+        return rebuild_output(self.program, leaves, self._recording.sizes)
 
     def relevance(
         self,
@@ -253,10 +255,11 @@ class Tape:
         for name, mask in through.items():
             for node in (node for ref in resolve_sites(self.program, [name]) for node in ref.nodes):
                 fake = nodes[node].meta["val"]
+                shape = value_of_sizes(fake.shape, self._recording.sizes)
                 try:
-                    found[node] = mask.to(device=fake.device, dtype=fake.dtype).expand(fake.shape)
+                    found[node] = mask.to(device=fake.device, dtype=fake.dtype).expand(shape)
                 except RuntimeError:
-                    cause = f"a mask of shape {tuple(mask.shape)} does not broadcast to {tuple(fake.shape)}"
+                    cause = f"a mask of shape {tuple(mask.shape)} does not broadcast to {shape}"
                     raise OptionValueError(name="through", value=name, cause=cause) from None
         return found
 
@@ -267,7 +270,7 @@ class Tape:
         explainable = {i: leaves[i].detach() for i in sorted(self._call.explainable_outputs().values())}
 
         def rebuild(replaced: dict[int, Tensor]) -> Any:
-            return rebuild_output(self.program, list({**leaves, **replaced}.values()))
+            return rebuild_output(self.program, list({**leaves, **replaced}.values()), self._recording.sizes)
 
         if isinstance(target, _Several):
             return target.stacked([seeds_for(explainable, chosen, one, rebuild) for one in target.targets])

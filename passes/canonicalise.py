@@ -17,6 +17,7 @@ from torch import fx
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Mutation, Program, carries_float, tensor_of
 from lrp_compiler.passes.rewriter import Replacement, Rewriter
+from lrp_compiler.passes.sizes import hints
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -193,7 +194,7 @@ def _unfilled(node: fx.Node | None) -> torch.Tensor | None:
     if node is None:
         return None
     fake = tensor_of(node)
-    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
+    return torch.empty_strided(hints(fake.shape), hints(fake.stride()), dtype=fake.dtype)
 
 
 REWRITES: dict[str, Rewrite] = {

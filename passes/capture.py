@@ -26,8 +26,12 @@ KINDS = {
 }
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: frozenset[tuple[int, int]] = frozenset()
+) -> Program:
     """Trace one call of ``model`` with torch.export (non-strict, training IR).
+
+    ``dynamic`` holds pairs (argument leaf, dimension) whose size may differ from call to call.
 
     Raises CaptureError, with the user's source line, when the call cannot be traced, RecurrentError when that is
     because of a packed sequence.
@@ -35,7 +39,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     args, kwargs = _distinct(args, kwargs)
     with _quiet(), _without_kv_cache(model), _without_attention_fastpath():
         try:
-            exported = torch.export.export(model, args, kwargs, strict=False)
+            shapes = _dynamic(args, kwargs, dynamic)
+            exported = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
         except Exception as error:
             if (module := _reader_of_packed_sequence(error)) is not None:
                 raise RecurrentError(
@@ -75,6 +80,17 @@ def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
             seen.add(id(leaf))
     distinct: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, tree)
     return distinct
+
+
+def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: frozenset[tuple[int, int]]) -> Any:
+    """What torch.export is to leave open: it may still settle on a size that the forward depends on."""
+    if not dynamic:
+        return None
+    leaves = pytree.tree_leaves((args, kwargs))
+    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for leaf in {leaf for leaf, _ in dynamic}:
+        shapes[leaves[leaf]] = {dim: torch.export.Dim.AUTO for at, dim in dynamic if at == leaf}
+    return shapes
 
 
 def _input_spec(spec: Any, constants: dict[str, Any]) -> InputSpec:

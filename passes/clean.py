@@ -1,4 +1,7 @@
-"""clean: inline the sub-graphs of grad-mode and autocast regions; drop assertions, aliases and no-op casts."""
+"""clean: inline the sub-graphs of grad-mode and autocast regions; drop assertions, aliases and no-op casts.
+
+Sizes that differ from call to call become literals of the ops that take them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import fx
 
 from lrp_compiler.passes.errors import CaptureError, user_source
 from lrp_compiler.passes.program import Constant, Program, first_argument, is_float, tensor_of
+from lrp_compiler.passes.sizes import as_literal, is_size
 
 aten = torch.ops.aten
 GRAD_REGION = "wrap_with_set_grad_enabled"
@@ -35,7 +39,8 @@ def clean(program: Program) -> Program:
         else:
             _copy_clean(program.root, graph, node, values)
     renamed = {old.name: new.name for old, new in values.items() if isinstance(new, fx.Node)}
-    outputs = tuple(leaf if isinstance(leaf, Constant) else renamed[leaf] for leaf in program.outputs)
+    sizes = {old.name: Constant(new) for old, new in values.items() if not isinstance(new, (fx.Node, tuple, list))}
+    outputs = tuple(leaf if isinstance(leaf, Constant) else {**sizes, **renamed}[leaf] for leaf in program.outputs)
     inputs = tuple(replace(spec, node=renamed[spec.node]) for spec in program.inputs)
     graph.eliminate_dead_code()
     return program.having(graph=graph, inputs=inputs, outputs=outputs)
@@ -49,6 +54,8 @@ def _copy_clean(root: torch.nn.Module, graph: fx.Graph, node: fx.Node, values: d
         _inline_region(graph, node, values)
     elif node.target is operator.getitem and isinstance(values[first_argument(node)], (tuple, list)):
         values[node] = values[first_argument(node)][node.args[1]]
+    elif is_size(node.meta.get("val")):
+        values[node] = as_literal(node.meta["val"])
     elif _is_dropped(node):
         values[node] = None
     elif _is_identity(node):

@@ -178,6 +178,12 @@ class BaselineError(LRPError):
     hint = "{remedy}"
 
 
+class SizesError(LRPError):
+    id = "LRP023"
+    template = "this question's code, generated for other sizes, does not hold for inputs of shape {shapes}"
+    hint = "Run the model again on these inputs: the call is then compiled for its own sizes."
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")

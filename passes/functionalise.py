@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.errors import UnsupportedMutationError, user_source
 from lrp_compiler.passes.program import Constant, Mutation, Program, return_values, value_of
+from lrp_compiler.passes.sizes import with_literals, with_numbers
 
 aten = torch.ops.aten
 PERMUTING = frozenset({"aten::transpose", "aten::permute", "aten::t", "aten::movedim", "aten::swapaxes"})
@@ -100,7 +101,7 @@ class _Functionaliser:
         if not isinstance(base, torch.Tensor):
             return None
         with self.program.fake_mode, torch.no_grad():
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+            args, kwargs = fx.map_arg(with_numbers((node.args, node.kwargs)), value_of)
             results = pytree.tree_leaves(node.target(*args, **kwargs))  # type: ignore[operator]
         storage = base.untyped_storage()._cdata
         shares = any(isinstance(r, torch.Tensor) and r.untyped_storage()._cdata == storage for r in results)
@@ -170,10 +171,10 @@ class _Functionaliser:
 
     def emit(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
         """A new call that carries the provenance of ``node``."""
-        new = self.graph.call_function(target, args, kwargs)
+        new = self.graph.call_function(target, *with_literals((args, kwargs)))
         new.meta = {key: node.meta[key] for key in node.meta if key != "val"}
         with self.program.fake_mode, torch.no_grad():
-            fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)
+            fake_args, fake_kwargs = fx.map_arg(with_numbers((args, kwargs)), value_of)
             new.meta["val"] = target(*fake_args, **fake_kwargs)
         return new
 

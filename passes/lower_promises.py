@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -19,6 +20,7 @@ from lrp_compiler.passes.program import (
     first_argument,
     tensor_of,
 )
+from lrp_compiler.passes.sizes import hints
 
 VIEWS = aten_names("view transpose permute expand unsqueeze squeeze select slice t unflatten alias detach")
 TUPLE_VIEWS = aten_names("split split_with_sizes chunk unbind")
@@ -86,9 +88,10 @@ def _replay(graph: fx.Graph, value: fx.Node, before: fx.Node, replayed: dict[fx.
 
 def _buffer(node: fx.Node, kind: BufferKind, readers: list[str], program: Program) -> Buffer:
     value = tensor_of(node)
-    size = value.numel() * value.element_size() if kind in ("saved", "reference") else 0
+    shape = hints(value.shape)
+    size = math.prod(shape) * value.element_size() if kind in ("saved", "reference") else 0
     dtype = str(value.dtype).removeprefix("torch.")
-    return Buffer(node.name, kind, size, dtype, tuple(value.shape), tuple(readers))
+    return Buffer(node.name, kind, size, dtype, shape, tuple(readers))
 
 
 def saved_values(program: Program) -> list[str]:

@@ -84,10 +84,11 @@ def capture_call(
     kwargs: dict[str, Any],
     kept: frozenset[str] = frozenset(),
     grad_enabled: bool = False,
+    dynamic: frozenset[tuple[int, int]] = frozenset(),
 ) -> tuple[Stage, ...]:
-    """The stages of CAPTURE for one call; ops named in ``kept`` are not taken apart."""
+    """The stages of CAPTURE for one call; ops named in ``kept`` are not taken apart, sizes in ``dynamic`` left open."""
     settings: dict[Pass, tuple[Any, ...]] = {decompose: (kept,), canonicalise: (kept, grad_enabled)}
-    history = run(capture, (), model, args, kwargs)
+    history = run(capture, (), model, args, kwargs, dynamic)
     for one in CAPTURE[1:]:
         history = run(one, history, *settings.get(one, ()))
     return history

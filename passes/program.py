@@ -130,6 +130,7 @@ BufferKind = Literal["free", "view", "saved", "reference"]
 class Buffer:
     """Where one promise is kept: ``free`` (a graph input), ``view`` of something kept, or ``saved``.
 
+    ``bytes`` and ``shape`` are those of the captured call where sizes differ from call to call.
     A ``reference`` buffer holds the value that the node has in the reference run.
     """
 
@@ -186,7 +187,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Constant:
-    """An output leaf that is not a tensor of the graph (None, a number, a string)."""
+    """An output leaf that is not a tensor of the graph (None, a number, a size, a string)."""
 
     value: Any
 

@@ -24,6 +24,7 @@ from lrp_compiler.passes.dataflow import (
 )
 from lrp_compiler.passes.optable import OpClass, aten_names, classify, op_name
 from lrp_compiler.passes.program import Pattern, Program, facts, learn, tensor_of
+from lrp_compiler.passes.sizes import at_hints, hints
 
 aten = torch.ops.aten
 SUMS = aten_names("cumsum sum")
@@ -215,7 +216,7 @@ def _summed_factor(inner: fx.Node, moved: list[fx.Node], dims: tuple[int, ...]) 
     varying: list[int] = []
     for side in (0, 1):
         own = _own_dims(inner, side)
-        labels = _moved(_labels(tuple(tensor_of(inner).shape), own), moved) if own else None
+        labels = _moved(_labels(hints(tensor_of(inner).shape), own), moved) if own else None
         if labels is None or labels.numel() == 0:
             return None
         start = labels
@@ -241,7 +242,7 @@ def _moved(labels: Tensor, nodes: list[fx.Node]) -> Tensor | None:
         if any(isinstance(argument, fx.Node) for argument in node.args[1:]) or not callable(node.target):
             return None
         if op_name(node) != "aten::cumsum":
-            labels = node.target(labels, *node.args[1:], **node.kwargs)
+            labels = node.target(labels, *at_hints(node.args[1:]), **at_hints(node.kwargs))
     return labels
 
 

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.program import FACTS, Facts, value_of
+from lrp_compiler.passes.sizes import as_literal, is_size, size_key, with_literals, with_numbers
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,7 +25,8 @@ Emitted = Any
 def signature(value: object) -> object:
     """What of a fake value decides how it traces: sizes, strides, dtype and device."""
     if isinstance(value, torch.Tensor):
-        return (tuple(value.shape), value.stride(), value.dtype, value.device)
+        sizes = tuple(map(size_key, (*value.shape, *value.stride())))
+        return (sizes, value.dtype, value.device)
     return value
 
 
@@ -58,13 +60,13 @@ class Emitter:
         ``opened``, which are replaced by the ops they make. With ``rewire`` the function returns (result, values,
         others): wherever one of the values is used, the other one at its place is used instead.
         """
-        leaves, tree = pytree.tree_flatten(args)
-        nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+        leaves, tree = pytree.tree_flatten(with_numbers(args))
+        nodes = [leaf for leaf in leaves if is_argument(leaf)]
         traced = self._trace(fn, leaves, tree, nodes, autograd, rewire, opened)
         return self.inline(traced, nodes)
 
-    def inline(self, traced: fx.GraphModule, nodes: list[fx.Node]) -> Emitted:
-        """Copy the nodes of ``traced`` here, with ``nodes`` in place of its placeholders."""
+    def inline(self, traced: fx.GraphModule, nodes: list[Any]) -> Emitted:
+        """Copy the nodes of ``traced`` here, with ``nodes`` (or sizes) in place of its placeholders."""
         values: dict[fx.Node, Any] = {}
         supplied = iter(nodes)
         result: Emitted = None
@@ -72,11 +74,13 @@ class Emitter:
             for node in traced.graph.nodes:
                 if node.op == "placeholder":
                     given = next(supplied)
-                    values[node] = self.resolve(given) if node.users else None
+                    values[node] = self.given(given) if node.users else None
                 elif node.op == "output":
                     result = pytree.tree_map(lambda leaf: values.get(leaf, leaf), node.args[0])
                 elif node.op == "get_attr":
                     raise AssertionError(f"traced code of {self.stamp.origin} creates the constant {node.target}")
+                elif is_size(node.meta.get("val")):
+                    values[node] = as_literal(node.meta["val"])
                 else:
                     values[node] = self._copy(node, values)
         return result
@@ -85,12 +89,16 @@ class Emitter:
         """Emit one call of an ATen op, its fake value computed from its arguments."""
         args, kwargs = fx.map_arg((args, kwargs), self.resolve)
         with self.graph.inserting_before(self.before):
-            node = self.graph.call_function(target, args, kwargs)
-        fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)
+            node = self.graph.call_function(target, *with_literals((args, kwargs)))
+        fake_args, fake_kwargs = fx.map_arg(with_numbers((args, kwargs)), value_of)
         with self.fake_mode, torch.no_grad():
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         self._mark(node)
         return node
+
+    def given(self, value: Any) -> Any:
+        """What emitted code reads in place of an argument: a node, or a size."""
+        return self.resolve(value) if isinstance(value, fx.Node) else as_literal(value)
 
     def resolve(self, node: fx.Node) -> fx.Node:
         """The node that stands for ``node`` where emitted code reads it."""
@@ -111,12 +119,12 @@ class Emitter:
         fn: Callable[..., Any],
         leaves: list[Any],
         tree: Any,
-        nodes: list[fx.Node],
+        nodes: list[Any],
         autograd: bool,
         rewire: bool,
         opened: Any,
     ) -> fx.GraphModule:
-        fakes = [value_of(node) for node in nodes]
+        fakes = [value_of(node) if isinstance(node, fx.Node) else node for node in nodes]
         frozen = tuple(signature(value_of(leaf)) if isinstance(leaf, fx.Node) else _static(leaf) for leaf in leaves)
         key = (fn, frozen, tree, autograd, rewire, opened)
         if key not in self.traces:
@@ -127,15 +135,20 @@ class Emitter:
 
 def _static(leaf: Any) -> object:
     """A hashable key for a constant argument that tells 1 from 1.0 and True."""
-    return (type(leaf), leaf)
+    return (type(leaf), size_key(leaf))
+
+
+def is_argument(leaf: Any) -> bool:
+    """Whether a traced function takes ``leaf`` as an argument: nodes, and sizes that differ from call to call."""
+    return isinstance(leaf, fx.Node) or is_size(leaf)
 
 
 def _placer(fn: Callable[..., Any], leaves: list[Any], tree: Any) -> Callable[..., Any]:
     """``fn`` as a function of its tensor arguments alone."""
 
-    def placed(*tensors: torch.Tensor) -> Any:
+    def placed(*tensors: Any) -> Any:
         supplied = iter(tensors)
-        filled = [next(supplied) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        filled = [next(supplied) if is_argument(leaf) else leaf for leaf in leaves]
         return fn(*pytree.tree_unflatten(filled, tree))
 
     return placed
@@ -143,7 +156,7 @@ def _placer(fn: Callable[..., Any], leaves: list[Any], tree: Any) -> Callable[..
 
 def trace(
     fn: Callable[..., Any],
-    fakes: list[torch.Tensor],
+    fakes: list[Any],
     fake_mode: FakeTensorMode,
     *,
     autograd: bool = False,
@@ -152,7 +165,7 @@ def trace(
 ) -> fx.GraphModule:
     """Trace ``fn`` over tensors like ``fakes`` to ATen nodes; dead nodes are removed."""
     with fake_mode, torch.no_grad():
-        fresh = [torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device) for fake in fakes]
+        fresh = [_like(fake) for fake in fakes]
         table = {opened: opened.decompose} if opened is not None else None
         traced = make_fx(fn, decomposition_table=table, pre_dispatch=not autograd)(*fresh)
         if any(getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in traced.graph.nodes):
@@ -164,6 +177,13 @@ def trace(
         if node.target is operator.getitem and "val" not in node.meta:
             node.meta["val"] = value_of(node.args[0])[node.args[1]]
     return traced
+
+
+def _like(fake: Any) -> Any:
+    """A fresh fake tensor like ``fake``; a size is itself."""
+    if not isinstance(fake, torch.Tensor):
+        return fake
+    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
 
 
 def _rewire(graph: fx.Graph) -> None:
