@@ -27,7 +27,7 @@ from lrp_compiler.passes.sizes import SizeBinder, Sizes
 GRAPHS = 8
 """How many graphs are kept for calls that differ in sizes alone; the oldest goes first."""
 
-ATTEMPTS = 3
+ATTEMPTS = 8
 """How often it is tried to leave sizes open for calls that differ in sizes alone."""
 
 
@@ -96,11 +96,12 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass
 class _Family:
-    """Calls that differ in sizes alone: the shapes seen, the graphs kept and why sizes could not be left open."""
+    """Calls that differ in sizes alone: shapes seen, graphs kept, the sizes that cannot be left open and why."""
 
     shapes: list[Shapes] = field(default_factory=list)
     kept: list[CapturedCall] = field(default_factory=list)
-    tried: list[frozenset[tuple[int, int]]] = field(default_factory=list)
+    closed: frozenset[tuple[int, int]] = frozenset()
+    attempts: int = 0
     refusal: str = ""
     warned: bool = False
 
@@ -111,13 +112,14 @@ class _Family:
 
     def varying(self, shapes: Shapes) -> frozenset[tuple[int, int]]:
         """The (leaf, dimension) pairs whose size has differed so far; sizes 0 and 1 are never left open."""
-        return frozenset(
+        differing = frozenset(
             (leaf, dim)
             for known in self.shapes
             for leaf, (before, now) in enumerate(zip(known, shapes, strict=True))
             for dim, (old, new) in enumerate(zip(before, now, strict=True))
             if old != new and new > 1
         )
+        return differing - self.closed
 
 
 class Captures:
@@ -149,12 +151,18 @@ class Captures:
                 self._keep(family, found, model, dynamic)
             return found
 
+    @property
+    def kept(self) -> int:
+        """How many graphs are kept."""
+        return sum(len(family.kept) for family in self._families.values())
+
     def close(self, captured: CapturedCall, reason: str) -> None:
         """Drop a graph with open sizes that no code can be made for; its shapes are traced one by one instead."""
         with self.lock:
             for family in self._families.values():
                 if captured in family.kept:
                     family.kept.remove(captured)
+                    family.closed |= captured.binder.open
                     family.refusal = reason
 
     def _captured(
@@ -171,8 +179,8 @@ class Captures:
         start = time.perf_counter()
         varying = family.varying(shapes)
         captured = None
-        if varying and dynamic and varying not in family.tried and len(family.tried) < ATTEMPTS:
-            family.tried.append(varying)
+        if varying and dynamic and family.attempts < ATTEMPTS:
+            family.attempts += 1
             captured = _with_open_sizes(family, model, args, kwargs, kept, varying)
         if captured is None:
             captured = _capture(model, args, kwargs, kept)
@@ -211,9 +219,7 @@ def _reason(family: _Family, varying: frozenset[tuple[int, int]], dynamic: bool,
         return "first call of its kind"
     if not dynamic:
         return "another shape, and dynamic=False"
-    if not varying:
-        return "sizes of 0 or 1, other strides or another gradient mode"
-    differ = f"sizes differ: {captured.describe(varying)}"
+    differ = f"sizes differ: {captured.describe(varying)}" if varying else "other sizes, strides or gradient mode"
     return f"{differ}; {family.refusal}" if family.refusal else differ
 
 
@@ -230,10 +236,12 @@ def _with_open_sizes(
         captured = _capture(model, args, kwargs, kept, varying)
     except Exception as error:
         # Whatever goes wrong with open sizes, the call can still be traced as it is; if not, that error is raised.
+        family.closed |= varying
         family.refusal = f"sizes cannot be left open: {str(error).splitlines()[0]}"
         return None
     closed = varying - captured.binder.open
     if closed:
+        family.closed |= closed
         family.refusal = f"the forward depends on the size of {captured.describe(closed)}"
     return captured
 

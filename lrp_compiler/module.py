@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.baselines import Baseline, Baselines, named_inputs, reference_inputs
-from lrp_compiler.captures import Captures
+from lrp_compiler.captures import Captures, Compilation
 from lrp_compiler.compiled import Compiler, ExplainedCall, graph_inputs, rebuild_output
 from lrp_compiler.options import Options
 from lrp_compiler.passes.errors import BaselineError
@@ -67,6 +67,11 @@ class LRPModule(nn.Module):
     def compiler(self) -> Compiler:
         """What compiles this module's calls and keeps them."""
         return self._compiler
+
+    @property
+    def compilations(self) -> tuple[Compilation, ...]:
+        """Every tracing of the model so far: for which shapes, in which form and why."""
+        return tuple(self._compiler.captures.history)
 
     @property
     def options(self) -> Options:
@@ -189,8 +194,7 @@ class LRPModule(nn.Module):
         How far relevance is conserved is measured for ``target``, and for a composite that does not claim to conserve
         also without one, at each sample's largest output.
         """
-        explained = self.explained_call(args, dict(sorted(kwargs.items())), wrt)
-        request = default_request(explained, None, self._options)
+        explained, request = self._prepared(args, dict(sorted(kwargs.items())), None, wrt, ())
         stages, executable = self._compiler.emitted(explained, request)
         assert explained.program.composite is not None
         conservation = None
@@ -202,8 +206,7 @@ class LRPModule(nn.Module):
 
     def stages(self, *args: Any, wrt: Names = None, **kwargs: Any) -> tuple[Stage, ...]:
         """Every pass's output for this kind of call; ``str(stage)`` is a Python program."""
-        explained = self.explained_call(args, dict(sorted(kwargs.items())), wrt)
-        return self._compiler.emitted(explained, default_request(explained, None, self._options))[0]
+        return self._compiler.emitted(*self._prepared(args, dict(sorted(kwargs.items())), None, wrt, ()))[0]
 
     def _prepared(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], at: Names, wrt: Names, varied: tuple[str, ...]
