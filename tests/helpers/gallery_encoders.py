@@ -39,9 +39,8 @@ def bert(attention: str = "sdpa") -> Call:
 
 
 def roberta() -> Call:
-    return classifier(
-        transformers.RobertaForSequenceClassification, transformers.RobertaConfig(**shared(pad_token_id=1))
-    )
+    config = transformers.RobertaConfig(**shared(pad_token_id=1))
+    return classifier(transformers.RobertaForSequenceClassification, config)
 
 
 def distilbert() -> Call:
@@ -86,6 +85,7 @@ def flan_t5() -> Call:
         d_kv=4,
         d_ff=24,
         num_layers=2,
+        num_decoder_layers=1,
         num_heads=4,
         relative_attention_num_buckets=8,
         relative_attention_max_distance=16,

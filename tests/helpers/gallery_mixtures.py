@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import transformers
 from gallery import Call
 from gallery_text import SPECIAL, VOCABULARY, decoder, generator, modern
 from torch import Tensor, nn
 
 
-def mixtral() -> Call:
+def mixtral(experts: str | None = None) -> Call:
     config = transformers.MixtralConfig(**modern(num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2))
+    config._experts_implementation = experts
     return generator(transformers.MixtralForCausalLM, config)
 
 
 def qwen3_moe() -> Call:
-    config = transformers.Qwen3MoeConfig(
-        **modern(
-            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, norm_topk_prob=True, mlp_only_layers=[0]
-        )
-    )
+    routing = {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "norm_topk_prob": True}
+    config = transformers.Qwen3MoeConfig(**modern(**routing, mlp_only_layers=[0]))
     return generator(transformers.Qwen3MoeForCausalLM, config)
 
 
@@ -71,6 +71,8 @@ def lora() -> Call:
 
 ENTRIES = {
     "mixtral": decoder(mixtral),
+    "mixtral_looping": decoder(functools.partial(mixtral, "eager")),
+    "mixtral_batched": decoder(functools.partial(mixtral, "batched_mm")),
     "qwen3_moe": decoder(qwen3_moe),
     "mamba": decoder(mamba),
     "mamba2": decoder(mamba2),
