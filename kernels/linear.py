@@ -36,6 +36,25 @@ def matmul_right(c: Tensor, left: Tensor) -> Tensor:
     return aten.matmul.default(aten.transpose.int(left, -2, -1), c)  # type: ignore[no-any-return]
 
 
+def grouped_product(x: Tensor, weight: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x_s W_e + b for the rows s of each group e; ``x`` (S, in), ``weight`` (E, in, out) -> (S, out), in any dtype.
+
+    ``offs`` (E,) says where each group ends; rows behind the last belong to none. Every row reads a copy of its
+    matrix, so this is for where the op that multiplies whole groups cannot go.
+    """
+    rows = torch.arange(x.shape[0], device=x.device, dtype=offs.dtype)
+    group = torch.searchsorted(offs, rows, right=True).clamp(max=weight.shape[0] - 1)
+    product: Tensor = aten.matmul.default(x.unsqueeze(1), weight[group]).squeeze(1)
+    return product if bias is None else product + bias
+
+
+def grouped_weights(c: Tensor, x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """x_e^T c_e of every group e: the transpose of the product by groups for its matrices, (E, in, out)."""
+    # Whoever calls the op has registered this one beside it.
+    made: Tensor = torch.ops.transformers.grouped_mm_fallback_backward.default(x, weight, offs, c)[1]
+    return made
+
+
 def convolution_transpose(
     c: Tensor,
     weight: Tensor,

@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from types import NoneType
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def capture(
     because of a packed sequence.
     """
     args, kwargs = _distinct(args, kwargs)
-    with _quiet(), _without_kv_cache(model), _without_attention_fastpath():
+    with _quiet(), _traceable_configs(model), _without_attention_fastpath():
         try:
             shapes = _dynamic(args, kwargs, dynamic)
             exported = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
@@ -166,18 +167,32 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+TRACEABLE: dict[str, dict[Any, Any]] = {
+    # Decoders return a cache object that is no tree of tensors; an explanation needs none.
+    "use_cache": {True: False},
+    # A loop over the experts that were chosen depends on values; products by groups are the same without it.
+    "_experts_implementation_internal": {"eager": "grouped_mm", None: "grouped_mm"},
+}
+"""Settings of a Hugging Face config -> what to trace with in place of some of their values."""
+
+
 @contextlib.contextmanager
-def _without_kv_cache(model: nn.Module) -> Iterator[None]:
-    """Hugging Face decoders return a cache object that is no tensor tree; an explanation needs none."""
+def _traceable_configs(model: nn.Module) -> Iterator[None]:
+    """Change settings that keep a model from being traced, for the time being."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    changed = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
-    for config in changed:
-        config.use_cache = False
+    before = [
+        (config, setting, value)
+        for config in configs.values()
+        for setting, others in TRACEABLE.items()
+        if isinstance(value := getattr(config, setting, ...), (bool, str, NoneType)) and value in others
+    ]
+    for config, setting, value in before:
+        setattr(config, setting, TRACEABLE[setting][value])
     try:
         yield
     finally:
-        for config in changed:
-            config.use_cache = True
+        for config, setting, value in before:
+            setattr(config, setting, value)
 
 
 @contextlib.contextmanager

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.kernels.linear import grouped_product, grouped_weights
+from lrp_compiler.passes.optable import GROUPED_PRODUCT, schema_name
 from lrp_compiler.passes.program import tensor_of
 
 if TYPE_CHECKING:
     from lrp_compiler.passes.operation import Operation
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class LinearMap:
         result: Tensor = self.target(*args, **kwargs)
         return result
 
+    @property
+    def by_groups(self) -> bool:
+        """Whether ``target`` is the product by groups that has no derivative for torch.func."""
+        return schema_name(self.target) == GROUPED_PRODUCT
+
     def given(self, operands: Any, leaf: int) -> Tensor:
         """The operand at ``leaf`` as the call has it; its relevance is of its dtype."""
         found: Tensor = pytree.tree_leaves(operands)[leaf]
@@ -51,6 +60,8 @@ class LinearMap:
 
     def transpose(self, operands: Any, x: Tensor, weight: Tensor, v: Tensor) -> Tensor:
         """W^T v at the shape of ``x``."""
+        if self.by_groups:
+            return self(operands, v, weight.transpose(-2, -1))
         _, pull, *_ = torch.func.vjp(lambda value: self(operands, value, weight), x)
         (product,) = pull(v)
         made: Tensor = product
@@ -58,6 +69,8 @@ class LinearMap:
 
     def weight_transpose(self, operands: Any, x: Tensor, weight: Tensor, v: Tensor) -> Tensor:
         """The transpose for the weight, x^T v summed over the batch, at the shape of ``weight``."""
+        if self.by_groups:
+            return grouped_weights(v, x, weight, pytree.tree_leaves(operands)[2])
         _, pull, *_ = torch.func.vjp(lambda value: self(operands, x, value), weight)
         (product,) = pull(v)
         made: Tensor = product
@@ -100,4 +113,6 @@ def linear_map(op: Operation) -> LinearMap:
     spatial = tensor_of(weight.node).dim() - 2 if "conv" in op.linear_name else 0
     bias_leaf = None if bias is None else bias.leaf
     factor = float(op.kwargs.get("beta", 1))
-    return LinearMap(op.call.target, x.leaf, weight.leaf, bias_leaf, (-1, *([1] * spatial)), factor)
+    # torch's own op for this takes 16-bit numbers alone, and rules compute in 32.
+    target = grouped_product if op.call.target is aten._grouped_mm.default else op.call.target
+    return LinearMap(target, x.leaf, weight.leaf, bias_leaf, (-1, *([1] * spatial)), factor)

@@ -57,6 +57,9 @@ def _entries(op_class: OpClass, names: str) -> dict[str, OpEntry]:
     return {name: OpEntry(op_class) for name in sorted(aten_names(names))}
 
 
+GROUPED_PRODUCT = "transformers::grouped_mm_fallback"
+"""Rows times their group's matrix, as mixtures of experts make it: a custom op that torch.func cannot differentiate."""
+
 OP_TABLE: dict[str, OpEntry] = {
     "aten::linear": OpEntry(OpClass.LINEAR, factors=(0, 1), terms=(2,)),
     "aten::mm": OpEntry(OpClass.LINEAR, factors=(0, 1)),
@@ -66,6 +69,8 @@ OP_TABLE: dict[str, OpEntry] = {
     "aten::matmul": OpEntry(OpClass.LINEAR, factors=(0, 1)),
     "aten::addmm": OpEntry(OpClass.LINEAR, factors=(1, 2), terms=(0,)),
     "aten::baddbmm": OpEntry(OpClass.LINEAR, factors=(1, 2), terms=(0,)),
+    "aten::_grouped_mm": OpEntry(OpClass.LINEAR, factors=(0, 1), terms=(3,)),
+    GROUPED_PRODUCT: OpEntry(OpClass.LINEAR, factors=(0, 1)),
     "aten::convolution": OpEntry(OpClass.LINEAR, factors=(0, 1), terms=(2,)),
     "aten::conv1d": OpEntry(OpClass.LINEAR, factors=(0, 1), terms=(2,)),
     "aten::conv2d": OpEntry(OpClass.LINEAR, factors=(0, 1), terms=(2,)),
@@ -140,8 +145,13 @@ def op_name(node: fx.Node) -> str:
         return f"pattern::{pattern.kind}"
     if node.target in TARGET_NAMES:
         return TARGET_NAMES[node.target]
-    schema = getattr(node.target, "_schema", None)
-    return schema.name if schema is not None else str(node.target)
+    return schema_name(node.target)
+
+
+def schema_name(target: object) -> str:
+    """The name of an op without its overload."""
+    schema = getattr(target, "_schema", None)
+    return schema.name if schema is not None else str(target)
 
 
 def classify(node: fx.Node) -> OpEntry | None:

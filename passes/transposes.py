@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from lrp_compiler.kernels.linear import convolution_transpose, linear_transpose, matmul_left, matmul_right
+from lrp_compiler.kernels.linear import (
+    convolution_transpose,
+    grouped_weights,
+    linear_transpose,
+    matmul_left,
+    matmul_right,
+)
 from lrp_compiler.kernels.pooling import max_pool_transpose
-from lrp_compiler.passes.optable import OP_TABLE, OpClass
+from lrp_compiler.passes.optable import GROUPED_PRODUCT, OP_TABLE, OpClass, op_name
 from lrp_compiler.passes.program import tensor_of
 from lrp_compiler.passes.recurrent import carried, recurrent_edges
 
@@ -40,6 +46,18 @@ def _matmul(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
     if receiver.argument == 0:
         return site.emit(matmul_left, edge, right)  # type: ignore[no-any-return]
     return site.emit(matmul_right, edge, left)  # type: ignore[no-any-return]
+
+
+def _grouped(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    """A product of row groups with a matrix each: to the rows the same with transposed matrices."""
+    rows, matrices = site.op.args[:2]
+    offsets = site.op.argument(2, "offs")
+    if receiver.argument == 0 and (tensor_of(rows).dim(), tensor_of(matrices).dim()) == (2, 3):
+        back = site.emitter.call(aten.transpose.int, matrices, -2, -1)
+        return site.emitter.call(site.node.target, edge, back, offsets)
+    if receiver.argument == 1 and op_name(site.node) == GROUPED_PRODUCT:
+        return site.emit(grouped_weights, edge, rows, matrices, offsets)  # type: ignore[no-any-return]
+    return None
 
 
 def _convolution(dims: int, transposed: bool) -> Transpose:
@@ -153,6 +171,8 @@ TRANSPOSES: dict[str, Transpose] = {
     "aten::matmul": _matmul,
     "aten::bmm": _matmul,
     "aten::mm": _matmul,
+    "aten::_grouped_mm": _grouped,
+    GROUPED_PRODUCT: _grouped,
     "aten::conv1d": _convolution(1, False),
     "aten::conv2d": _convolution(2, False),
     "aten::conv3d": _convolution(3, False),

@@ -64,6 +64,8 @@ class InDouble(TorchFunctionMode):
         if func is Tensor.float:
             func = Tensor.double
         args, kwargs = pytree.tree_map(_widened, (args, kwargs or {}))
+        if func is torch.tensor and isinstance(args[0], float):
+            kwargs = {"dtype": torch.float64, **kwargs}
         return func(*args, **kwargs)
 
 

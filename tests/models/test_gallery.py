@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gallery
+import gallery_encoders
+import gallery_mixtures
 import gallery_networks
 import gallery_text
 import gallery_vision
 import pytest
 
-ENTRIES = {**gallery_text.ENTRIES, **gallery_vision.ENTRIES, **gallery_networks.ENTRIES}
+FAMILIES = (gallery_text, gallery_encoders, gallery_mixtures, gallery_vision, gallery_networks)
+ENTRIES = {name: entry for family in FAMILIES for name, entry in family.ENTRIES.items()}
 
 
 @pytest.mark.parametrize("name", ENTRIES)

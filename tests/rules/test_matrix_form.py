@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401 (it registers the product by groups)
 from catalogue import note
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -164,6 +165,9 @@ def op(fn: Callable[..., Tensor], *shapes: tuple[int, ...], constant: tuple[int,
     return Case(lambda: Op(fn, *([] if constant is None else [torch.randn(constant)])), shapes)
 
 
+by_groups = torch.ops.transformers.grouped_mm_fallback
+"""Rows of x times the matrix of their group, which ends at the offset given for it."""
+
 LINEAR_MAPS = {
     "linear": Case(lambda: nn.Linear(5, 3), ((2, 5),)),
     "linear_without_bias": Case(lambda: nn.Linear(5, 3, bias=False), ((2, 5),)),
@@ -196,6 +200,7 @@ LINEAR_MAPS = {
     "bmm": op(lambda x, w: torch.bmm(x, w), (2, 3, 4), constant=(2, 4, 3)),
     "addmm": op(lambda x, w: torch.addmm(w[0], x, w), (2, 4), constant=(4, 3)),
     "baddbmm": op(lambda x, w: torch.baddbmm(w[:, :1], x, w), (2, 3, 4), constant=(2, 4, 3)),
+    "grouped": op(lambda x, w: by_groups(x, w, torch.tensor([2, 2, 5])), (5, 4), constant=(3, 4, 2)),
     "einsum": op(lambda x, w: torch.einsum("bij,jk->bki", x, w), (2, 3, 4), constant=(4, 3)),
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401 (it registers the product by groups)
 from catalogue import agreement
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -308,6 +309,67 @@ def test_products_with_a_constant_are_linear_layers(op: str, rule: Rule) -> None
     else:
         expected = restated(rule, layers[0], x, seed)
     assert agreement(explained, x, found, expected, "terms one by one") <= FLOAT64
+
+
+class ByGroups(nn.Module):
+    """Rows times the matrix of their group; the second of three groups is empty."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, inputs, outputs))
+        self.register_buffer("ends", torch.tensor([2, 2, 5], dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16:
+            return F.grouped_mm(x, self.weight, offs=self.ends)
+        return torch.ops.transformers.grouped_mm_fallback(x, self.weight, self.ends)  # type: ignore[no-any-return]
+
+    def restated(self, rule: Rule, x: Tensor, seed: Tensor) -> Tensor:
+        """The relevance of ``x``, every group a layer of its own, in float64."""
+        found = []
+        for start, end, weight in ((0, 2, self.weight[0]), (2, 5, self.weight[2])):
+            layer = nn.Linear(weight.shape[0], weight.shape[1]).double()
+            layer.weight.data, layer.bias.data = weight.detach().double().T, torch.zeros_like(layer.bias)
+            found.append(restated(rule, layer, x[start:end].double(), seed[start:end].double()))
+        return torch.cat(found)
+
+
+@pytest.mark.parametrize("rule", [*RULES, *TERMINALS], ids=str)
+def test_products_by_groups_are_a_linear_layer_each(rule: Rule) -> None:
+    model = ByGroups(6, 4).double()
+    x, seed = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    explained = compile_for_lrp(model, everywhere(rule))
+    output, tape = explained.run(x)
+    assert torch.equal(output, model(x))
+    assert agreement(explained, x, tape.relevance(seed), model.restated(rule, x, seed), "terms one by one") <= FLOAT64
+    if rule in RULES:
+        # The same terms, summed per weight: every group's matrices get what its rows get.
+        per_weight = tape.parameters(seed)["weight"].sum((1, 2))
+        rows = model.restated(rule, x, seed).sum(1)
+        expected = torch.stack([rows[:2].sum(), torch.zeros((), dtype=torch.float64), rows[2:].sum()])
+        assert relative_error(per_weight, expected) <= FLOAT64
+
+
+def test_matrices_of_groups_get_what_their_rows_get() -> None:
+    model = ByGroups(6, 4).double()
+    x, seed = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    tape = compile_for_lrp(model, "epsilon").run(x)[1]
+    expected = torch.zeros_like(model.weight)
+    for start, end, group in ((0, 2, 0), (2, 5, 2)):
+        expected[group] = model.weight[group].detach() * (x[start:end].T @ seed[start:end])
+    torch.testing.assert_close(tape.parameters(seed)["weight"], expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [ZPlus(), Gamma(), WSquare()], ids=str)
+def test_products_by_groups_of_torch_itself_in_bfloat16(rule: Rule) -> None:
+    """Products of values rounded to 8 bits: the result, the output's relevance and x c are rounded once each."""
+    model = ByGroups(16, 8).bfloat16()
+    x, seed = torch.randn(5, 16).bfloat16(), torch.randn(5, 8).bfloat16()
+    output, tape = compile_for_lrp(model, everywhere(rule)).run(x)
+    assert torch.equal(output, model(x))
+    found = tape.relevance(seed)
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found.double(), model.restated(rule, x, seed)) <= 3 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("rule", [*RULES, *TERMINALS], ids=str)
