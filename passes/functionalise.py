@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.passes.canonicalise import bound
 from lrp_compiler.passes.errors import UnsupportedMutationError, user_source
 from lrp_compiler.passes.program import Constant, Mutation, Program, return_values, value_of
 
@@ -21,6 +22,10 @@ SCATTERS = {
     "aten::select": aten.select_scatter.default,
     "aten::slice": aten.slice_scatter.default,
     "aten::diagonal": aten.diagonal_scatter.default,
+}
+INVERSES = {
+    "aten::view_as_real": aten.view_as_complex.default,
+    "aten::view_as_complex": aten.view_as_real.default,
 }
 
 
@@ -154,13 +159,35 @@ class _Functionaliser:
             return self.refuse(node, f"it writes to one piece of {view.args[0]}")
         name = view.target._schema.name  # type: ignore[union-attr]
         whole, part = value_of(parent), value_of(value)
+        if name in SCATTERS and whole.is_complex():
+            return self.write_complex_part(node, view, parent, value)
         if name in SCATTERS:
             return self.emit(node, SCATTERS[name], (parent, value, *view.args[1:]), dict(view.kwargs))
+        if name in INVERSES:
+            return self.emit(node, INVERSES[name], (value,), {})
         if name in PERMUTING:
             return self.permute_back(node, view, value, whole)
         if whole.numel() == part.numel() and whole.dtype == part.dtype:
             return self.emit(node, aten.reshape.default, (value, list(whole.shape)), {})
         return self.refuse(node, f"it writes through {name}")
+
+    def write_complex_part(self, node: fx.Node, view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
+        """As a write to pairs of real numbers: autograd knows no scatter of complex ones."""
+        options = bound(view)
+        dims = {key: size % value_of(parent).dim() for key, size in options.items() if key.startswith("dim")}
+        scatter = SCATTERS[view.target._schema.name]  # type: ignore[union-attr]
+        whole, part = (self.emit(node, aten.view_as_real.default, (self.plain(node, v),), {}) for v in (parent, value))
+        if scatter is aten.diagonal_scatter.default:
+            # What is written comes last, after the pairs.
+            part = self.emit(node, aten.transpose.int, (part, -1, -2), {})
+        arguments = {**options, **dims, "self": whole, "src": part}
+        names = [argument.name for argument in scatter._schema.arguments]
+        pairs = self.emit(node, scatter, tuple(arguments[name] for name in names), {})
+        return self.emit(node, aten.view_as_complex.default, (pairs,), {})
+
+    def plain(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """``value`` with a pending conjugation carried out, without which it has no view of pairs."""
+        return self.emit(node, aten.resolve_conj.default, (value,), {}) if value_of(value).is_conj() else value
 
     def permute_back(self, node: fx.Node, view: fx.Node, value: fx.Node, whole: torch.Tensor) -> fx.Node:
         labels = [size + 2 for size in range(whole.dim())]

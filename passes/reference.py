@@ -20,7 +20,7 @@ from lrp_compiler.passes.errors import OptionValueError
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Program, facts, forward_nodes, is_float
-from lrp_compiler.passes.reference_linear import LINEAR_FORMULAS, quotient
+from lrp_compiler.passes.reference_linear import LINEAR_FORMULAS, quotient, times
 from lrp_compiler.passes.reference_recurrent import recurrent
 from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
 from lrp_compiler.passes.rules.base import Rule
@@ -45,7 +45,7 @@ def reference_relevance(
     gradients = _follows_gradients(program)
     for index, seed in seeds.items():
         node = nodes[str(program.outputs[index])]
-        _add(arriving, node, seed if gradients else seed * values[node])
+        _add(arriving, node, seed if gradients else times(values[node], seed))
     sources = {name for found in program.sources.values() for name in found}
     for node in reversed(list(forward_nodes(program))):
         rule = facts(node).rule
@@ -60,9 +60,9 @@ def reference_relevance(
             continue
         for operand, relevance in _propagate(rule, op, outputs, values).items():
             _add(arriving, operand.node, relevance)
-    found = {name: arriving.get(nodes[name], torch.zeros_like(values[nodes[name]])) for name in sites}
+    found = {name: arriving.get(nodes[name], torch.zeros_like(values[nodes[name]].real)) for name in sites}
     times_input = gradients and program.composite is not None and program.composite.readout == "relevance"
-    return {name: value * values[nodes[name]] if times_input else value for name, value in found.items()}
+    return {name: times(values[nodes[name]], value) if times_input else value for name, value in found.items()}
 
 
 def _follows_gradients(program: Program) -> bool:
@@ -106,7 +106,9 @@ def _outputs_of(node: fx.Node, values: dict[fx.Node, Any], arriving: dict[Any, T
     if not any((node, index) in arriving for index in range(len(outputs))):
         return None
     return [
-        arriving.get((node, index), torch.zeros_like(value)) for index, value in enumerate(outputs) if is_float(value)
+        arriving.get((node, index), torch.zeros_like(value.real))
+        for index, value in enumerate(outputs)
+        if is_float(value)
     ]
 
 
@@ -153,7 +155,7 @@ def _plain(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Nod
 
 
 def _times_input(operands: tuple[Operand, ...], grads: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
-    return {o: torch.where(g == 0, 0, values[o.node] * g) for o, g in zip(operands, grads, strict=True)}
+    return {o: torch.where(g == 0, 0, times(values[o.node], g)) for o, g in zip(operands, grads, strict=True)}
 
 
 def _epsilon(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
@@ -161,7 +163,7 @@ def _epsilon(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.N
     assert isinstance(rule, Epsilon)
     z = values[op.node]
     operands = rule.receivers(op)
-    ratio = outputs[0] / (z + rule.epsilon * torch.where(z >= 0, 1.0, -1.0))
+    ratio = outputs[0] / (z + rule.epsilon * torch.where(z == 0, 1, torch.sgn(z))).conj()
     return _times_input(operands, _vjp(op, [ratio], values, operands), values)
 
 

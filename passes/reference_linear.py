@@ -18,8 +18,13 @@ Relevances = dict[Operand, Tensor]
 
 
 def quotient(relevance: Tensor, z: Tensor) -> Tensor:
-    """R / z, nothing where z is zero."""
-    return torch.where(z == 0, 0, relevance / torch.where(z == 0, 1, z))
+    """R / z, nothing where z is zero; R / conj(z), as pairs of real numbers, where z is complex."""
+    return torch.where(z == 0, 0, relevance / torch.where(z == 0, 1, z).conj())
+
+
+def times(value: Tensor, share: Tensor) -> Tensor:
+    """R = a c; of complex numbers the scalar product of pairs of real numbers."""
+    return (value * share.conj()).real if value.is_complex() else value * share
 
 
 class _Linear:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gallery
 import gallery_networks
+import gallery_scientific
+import gallery_structure
 import gallery_text
 import gallery_vision
 import pytest
 
-ENTRIES = {**gallery_text.ENTRIES, **gallery_vision.ENTRIES, **gallery_networks.ENTRIES}
+FAMILIES = (gallery_text, gallery_vision, gallery_networks, gallery_scientific, gallery_structure)
+ENTRIES = {name: entry for family in FAMILIES for name, entry in family.ENTRIES.items()}
 
 
 @pytest.mark.parametrize("name", ENTRIES)
