@@ -23,6 +23,9 @@ SCATTERS = {
     "aten::slice": aten.slice_scatter.default,
     "aten::diagonal": aten.diagonal_scatter.default,
 }
+RESHAPING = frozenset({"aten::transpose_", "aten::t_", "aten::squeeze_", "aten::unsqueeze_", "aten::swapaxes_"})
+"""Ops that change in place how a tensor is seen, and none of its values."""
+
 INVERSES = {
     "aten::view_as_real": aten.view_as_complex.default,
     "aten::view_as_complex": aten.view_as_real.default,
@@ -51,6 +54,7 @@ class _Functionaliser:
         self.parent: dict[fx.Node, fx.Node] = {}
         self.writes: dict[fx.Node, int] = {}
         self.seen: dict[fx.Node, int] = {}
+        self.reshaped: set[fx.Node] = set()
 
     def run(self) -> Program:
         placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
@@ -115,6 +119,11 @@ class _Functionaliser:
         """Replace an in-place call by its functional form and write the result through to the base."""
         target = node.args[0]
         assert isinstance(target, fx.Node)
+        if node.target._schema.name in RESHAPING:  # type: ignore[union-attr]
+            self.reshape(node, target)
+            return
+        if self.root(target) in self.reshaped:
+            self.refuse(node, "it writes to a tensor after its shape was changed in place")
         result = self.functional(node, target)
         root = self.root(target)
         self.parent[node] = target
@@ -128,6 +137,17 @@ class _Functionaliser:
         self.writes[root] = count
         self.now[root], self.now[target] = value, result
         self.seen[root] = self.seen[target] = count
+
+    def reshape(self, node: fx.Node, target: fx.Node) -> None:
+        """Let ``target`` be seen as ``node`` leaves it from here on."""
+        self.parent[node] = target
+        self.reshaped.add(self.root(target))
+        name = str(node.target._schema.name).removeprefix("aten::").removesuffix("_")  # type: ignore[union-attr]
+        overload = node.target._schema.overload_name or next(iter(getattr(aten, name).overloads()))  # type: ignore[union-attr]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
+        while _writes(target):
+            target = self.parent[target]
+        self.now[target] = self.emit(node, getattr(getattr(aten, name), overload), args, kwargs)
 
     def functional(self, node: fx.Node, target: fx.Node) -> fx.Node:
         """The functional call in place of ``node``, of the shape and dtype of what it overwrites."""

@@ -106,7 +106,7 @@ OP_TABLE: dict[str, OpEntry] = {
         " masked_scatter where pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d"
         " replication_pad2d diagonal diag_embed tril triu select_scatter slice_scatter diagonal_scatter movedim"
         " swapaxes pixel_shuffle pixel_unshuffle unsafe_split copy real imag view_as_real view_as_complex complex conj"
-        " _conj conj_physical resolve_conj _neg_view resolve_neg",
+        " _conj conj_physical resolve_conj _neg_view resolve_neg unfold_backward",
     ),
     **_entries(
         OpClass.REDUCTION,
@@ -117,7 +117,7 @@ OP_TABLE: dict[str, OpEntry] = {
     **_entries(
         OpClass.SELECTION,
         "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d"
-        " adaptive_max_pool3d max amax min amin maximum minimum topk sort logsumexp scatter_reduce index_reduce",
+        " adaptive_max_pool3d max amax min amin maximum minimum topk sort logsumexp scatter_reduce",
     ),
     **_entries(OpClass.SOFTMAX, "softmax _softmax log_softmax _log_softmax _safe_softmax"),
     **_entries(
@@ -131,7 +131,7 @@ OP_TABLE: dict[str, OpEntry] = {
     ),
 }
 
-UNCOVERED_MODES = {"aten::scatter_reduce": "prod", "aten::index_reduce": "prod"}
+UNCOVERED_MODES = {"aten::scatter_reduce": "prod"}
 """Ops of which one mode, named by a literal argument, is something else than the table says."""
 
 TARGET_NAMES = {operator.getitem: "builtin::getitem"}

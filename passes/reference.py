@@ -60,9 +60,11 @@ def reference_relevance(
             continue
         for operand, relevance in _propagate(rule, op, outputs, values).items():
             _add(arriving, operand.node, relevance)
-    found = {name: arriving.get(nodes[name], torch.zeros_like(values[nodes[name]].real)) for name in sites}
-    times_input = gradients and program.composite is not None and program.composite.readout == "relevance"
-    return {name: times(values[nodes[name]], value) if times_input else value for name, value in found.items()}
+    found = {name: arriving.get(nodes[name], torch.zeros_like(values[nodes[name]])) for name in sites}
+    if gradients and program.composite is not None and program.composite.readout == "coefficient":
+        return found
+    found = {name: times(values[nodes[name]], value) if gradients else value for name, value in found.items()}
+    return {name: value.real + value.imag if value.is_complex() else value for name, value in found.items()}
 
 
 def _follows_gradients(program: Program) -> bool:
@@ -114,8 +116,10 @@ def _outputs_of(node: fx.Node, values: dict[fx.Node, Any], arriving: dict[Any, T
 
 def _propagate(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
     formula = FORMULAS.get(type(rule))
-    if formula is None:
-        raise OptionValueError(name="reference", value=True, cause=f"the reference has no formula for rule '{rule}'")
+    if formula is None or (op.is_complex and formula in (_pass, _softmax)):
+        kind = " of complex values" if formula is not None else ""
+        cause = f"the reference has no formula for rule '{rule}'{kind}"
+        raise OptionValueError(name="reference", value=True, cause=cause)
     return formula(rule, op, outputs, values)
 
 
@@ -163,7 +167,7 @@ def _epsilon(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.N
     assert isinstance(rule, Epsilon)
     z = values[op.node]
     operands = rule.receivers(op)
-    ratio = outputs[0] / (z + rule.epsilon * torch.where(z == 0, 1, torch.sgn(z))).conj()
+    ratio = quotient(outputs[0], z) * (z / (z + rule.epsilon * torch.where(z == 0, 1, torch.sgn(z))))
     return _times_input(operands, _vjp(op, [ratio], values, operands), values)
 
 
@@ -179,8 +183,20 @@ def _pass(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node
     return dict.fromkeys(rule.receivers(op), outputs[0])
 
 
+def _identity(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """R_x = R_y; of complex x both parts of R_y together, by the coefficient c y / x turned back by its angle."""
+    (operand,) = rule.receivers(op)
+    if not op.is_complex:
+        return {operand: outputs[0]}
+    x, y = values[operand.node], values[op.node]
+    c, gate = quotient(outputs[0], y), y / torch.where(x == 0, 1, x)
+    return {operand: times(x, c * (gate.conj() if y.is_complex() else torch.sgn(x)))}
+
+
 def _numerator(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
-    """R_y summed to the numerator's shape."""
+    """R_y summed to the numerator's shape; complex numbers are turned as they are divided."""
+    if op.is_complex:
+        return _plain(rule, op, outputs, values)
     return {o: outputs[0].sum_to_size(values[o.node].shape) for o in rule.receivers(op)}
 
 
@@ -316,7 +332,7 @@ FORMULAS: dict[type[Rule], Callable[[Rule, Operation, list[Tensor], dict[fx.Node
     Plain: _plain,
     Epsilon: _epsilon,
     Uniform: _uniform,
-    Identity: _pass,
+    Identity: _identity,
     IdentityRelevance: _pass,
     Numerator: _numerator,
     LayerNorm: _layer_norm,

@@ -22,9 +22,9 @@ Emitted = Any
 
 
 def signature(value: object) -> object:
-    """What of a fake value decides how it traces: sizes, strides, dtype and device."""
+    """What of a fake value decides how it traces: sizes, strides, dtype, device, pending conjugation and negation."""
     if isinstance(value, torch.Tensor):
-        return (tuple(value.shape), value.stride(), value.dtype, value.device)
+        return (tuple(value.shape), value.stride(), value.dtype, value.device, value.is_conj(), value.is_neg())
     return value
 
 
@@ -152,7 +152,7 @@ def trace(
 ) -> fx.GraphModule:
     """Trace ``fn`` over tensors like ``fakes`` to ATen nodes; dead nodes are removed."""
     with fake_mode, torch.no_grad():
-        fresh = [torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device) for fake in fakes]
+        fresh = [_fresh(fake) for fake in fakes]
         table = {opened: opened.decompose} if opened is not None else None
         traced = make_fx(fn, decomposition_table=table, pre_dispatch=not autograd)(*fresh)
         if any(getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in traced.graph.nodes):
@@ -164,6 +164,13 @@ def trace(
         if node.target is operator.getitem and "val" not in node.meta:
             node.meta["val"] = value_of(node.args[0])[node.args[1]]
     return traced
+
+
+def _fresh(fake: torch.Tensor) -> torch.Tensor:
+    """A tensor like ``fake`` that nothing knows; what is pending on ``fake`` at run time is pending on it too."""
+    made = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+    made = made.conj() if fake.is_conj() else made
+    return torch._neg_view(made) if fake.is_neg() else made
 
 
 def _rewire(graph: fx.Graph) -> None:
