@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.kernels.attention import additive_mask, attention_scores, repeat_heads
+from lrp_compiler.kernels.linear import relevance_of
 
 SMALL = 1e-10
 """Captum's smallest difference that is divided by; below it the derivative takes the quotient's place."""
@@ -226,4 +227,4 @@ def _shared(c: Tensor, value: Tensor) -> Tensor:
 def held_share(c: list[Tensor], values: list[Tensor], references: list[Tensor]) -> Tensor:
     """sum(c (a - a0)) of each value that differs although relevance does not flow to it."""
     parts = zip(c, values, references, strict=True)
-    return torch.stack([(edge * difference(value, reference)).sum() for edge, value, reference in parts])
+    return torch.stack([relevance_of(edge, difference(value, reference)).sum() for edge, value, reference in parts])

@@ -131,8 +131,8 @@ def log1p(x: Tensor) -> Tensor:
 
 
 def absolute(x: Tensor) -> Tensor:
-    """sign(x)."""
-    return torch.sign(x)
+    """sign(x), x / |x| of a complex x."""
+    return torch.sgn(x)
 
 
 def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:

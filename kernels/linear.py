@@ -10,8 +10,22 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
+def conjugate(x: Tensor) -> Tensor:
+    """The complex conjugate; a real ``x`` itself."""
+    return x.conj() if x.is_complex() else x
+
+
+def relevance_of(c: Tensor, value: Tensor) -> Tensor:
+    """R = a c; of complex numbers R = Re(conj(c) a), the product of pairs of real numbers, which is real."""
+    if c.is_complex() or value.is_complex():
+        return c.real * value.real + c.imag * value.imag
+    return c * value
+
+
 def stabilise(z: Tensor, epsilon: float) -> Tensor:
-    """z + epsilon * sign(z) with sign(0) = +1 (zennit's convention, RULES.md 0.1 ST-Z)."""
+    """z + epsilon * sign(z) with sign(0) = +1 (zennit's convention, RULES.md 0.1 ST-Z); complex z: z / |z|."""
+    if z.is_complex():
+        return z + epsilon * torch.where(z == 0, 1, torch.sgn(z))
     # Adding within where keeps z's dtype; where of two numbers would round epsilon to float32.
     return torch.where(z < 0, z - epsilon, z + epsilon)
 
@@ -23,17 +37,17 @@ def epsilon_ratio(c: Tensor, z: Tensor, epsilon: float) -> Tensor:
 
 def linear_transpose(c: Tensor, weight: Tensor) -> Tensor:
     """W^T c; ``c`` (..., out), ``weight`` (out, in) -> (..., in)."""
-    return aten.matmul.default(c, weight)  # type: ignore[no-any-return]
+    return aten.matmul.default(c, conjugate(weight))  # type: ignore[no-any-return]
 
 
 def matmul_left(c: Tensor, right: Tensor) -> Tensor:
-    """c B^T for O = A B with equal batch dimensions."""
-    return aten.matmul.default(c, aten.transpose.int(right, -2, -1))  # type: ignore[no-any-return]
+    """c B^T (B^H where complex) for O = A B with equal batch dimensions."""
+    return aten.matmul.default(c, conjugate(aten.transpose.int(right, -2, -1)))  # type: ignore[no-any-return]
 
 
 def matmul_right(c: Tensor, left: Tensor) -> Tensor:
-    """A^T c for O = A B with equal batch dimensions."""
-    return aten.matmul.default(aten.transpose.int(left, -2, -1), c)  # type: ignore[no-any-return]
+    """A^T c (A^H where complex) for O = A B with equal batch dimensions."""
+    return aten.matmul.default(conjugate(aten.transpose.int(left, -2, -1)), c)  # type: ignore[no-any-return]
 
 
 def grouped_product(x: Tensor, weight: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -88,5 +102,5 @@ def convolution_transpose(
 
 
 def masked_product(c: Tensor, value: Tensor) -> Tensor:
-    """c * value where c is not zero, else 0: a masked score may be -inf and still carries nothing."""
-    return torch.where(c == 0, 0, c * value)
+    """R = a c where c is not zero, else 0: a masked score may be -inf and still carries nothing."""
+    return torch.where(c == 0, 0, relevance_of(c, value))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lrp_compiler.kernels.linear import masked_product
+
 
 def _channels(parameter: Tensor, like: Tensor) -> Tensor:
     """A (C,) parameter shaped to multiply an (N, C, ...) tensor."""
@@ -53,10 +55,10 @@ def batch_norm_offset(c: Tensor, weight: Tensor | None, bias: Tensor | None, mea
 
 
 def bias_share(c: Tensor, bias: Tensor) -> Tensor:
-    """c * b with ``b`` broadcast from the last dimensions."""
-    return c * bias
+    """b c with ``b`` broadcast from the last dimensions; an additive mask of -inf takes nothing."""
+    return masked_product(c, bias)
 
 
 def channel_bias_share(c: Tensor, bias: Tensor, spatial_dims: int) -> Tensor:
     """c * b with ``b`` (C,) along the dimension before the last ``spatial_dims``."""
-    return c * bias.view([-1] + [1] * spatial_dims)
+    return masked_product(c, bias.view([-1] + [1] * spatial_dims))

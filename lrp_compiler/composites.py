@@ -109,11 +109,14 @@ def mamba_lrp() -> Composite:
     return Composite("mamba_lrp", (*VALUES_ONLY, *BASE))
 
 
+ANY_LINEAR = on(OpClass.LINEAR)
+
+
 def epsilon(epsilon: float = 0.0) -> Composite:
     """The epsilon rule on linear maps and convolutions; 0 is its limit, which needs no activation (LRP-0)."""
     if epsilon == 0:
         return Composite("epsilon", BASE)
-    return Composite("epsilon", ((on(OpClass.LINEAR), Epsilon(epsilon=epsilon)), *BASE))
+    return Composite("epsilon", ((ANY_LINEAR, Epsilon(epsilon=epsilon)), *BASE))
 
 
 def input_x_gradient() -> Composite:
@@ -126,14 +129,19 @@ def gradient() -> Composite:
     return Composite("gradient", ((on(), Gradient()),), readout="coefficient", patterns=False)
 
 
+def is_real(op: Operation) -> bool:
+    """Whether an op has to do with real numbers alone: complex ones have no sign to split by."""
+    return not op.is_complex
+
+
 def is_convolution(op: Operation) -> bool:
-    """Whether a linear op is a convolution, transposed or not."""
-    return op.linear_name.startswith("aten::conv")
+    """Whether a linear op is a convolution of real numbers, transposed or not."""
+    return op.linear_name.startswith("aten::conv") and is_real(op)
 
 
 CONVOLUTION = on(OpClass.LINEAR, where=is_convolution)
 FIRST_CONVOLUTION = replace(CONVOLUTION, first=True)
-LINEAR = on(OpClass.LINEAR)
+LINEAR = on(OpClass.LINEAR, where=is_real)
 FIRST_LINEAR = replace(LINEAR, first=True)
 RELU = on(target="aten::relu")
 
@@ -267,14 +275,14 @@ def epsilon_gamma_box(low: Bound = -3.0, high: Bound = 3.0, epsilon: float = 1e-
     lines: Lines = (
         (FIRST_CONVOLUTION, ZBox(low=low, high=high)),
         (CONVOLUTION, Gamma(gamma=gamma)),
-        (LINEAR, Epsilon(epsilon=epsilon)),
+        (ANY_LINEAR, Epsilon(epsilon=epsilon)),
     )
     return Composite("epsilon_gamma_box", (*lines, *BASE))
 
 
 def epsilon_plus(epsilon: float = 1e-6) -> Composite:
     """zennit's EpsilonPlus: z+ on convolutions, epsilon on dense layers."""
-    return Composite("epsilon_plus", ((CONVOLUTION, ZPlus()), (LINEAR, Epsilon(epsilon=epsilon)), *BASE))
+    return Composite("epsilon_plus", ((CONVOLUTION, ZPlus()), (ANY_LINEAR, Epsilon(epsilon=epsilon)), *BASE))
 
 
 def epsilon_plus_flat(epsilon: float = 1e-6) -> Composite:
@@ -284,7 +292,7 @@ def epsilon_plus_flat(epsilon: float = 1e-6) -> Composite:
 
 def epsilon_alpha2_beta1(epsilon: float = 1e-6) -> Composite:
     """zennit's EpsilonAlpha2Beta1: alpha-beta (2, 1) on convolutions, epsilon on dense layers."""
-    lines: Lines = ((CONVOLUTION, AlphaBeta(alpha=2.0, beta=1.0)), (LINEAR, Epsilon(epsilon=epsilon)))
+    lines: Lines = ((CONVOLUTION, AlphaBeta(alpha=2.0, beta=1.0)), (ANY_LINEAR, Epsilon(epsilon=epsilon)))
     return Composite("epsilon_alpha2_beta1", (*lines, *BASE))
 
 

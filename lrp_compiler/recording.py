@@ -13,7 +13,7 @@ from torch import Tensor
 from lrp_compiler.compiled import Compiler, ExplainedCall
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import OptionValueError, SizesError, StaleTapeError
-from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result
+from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result, is_float
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.sizes import Sizes
 
@@ -90,7 +90,7 @@ class Recording:
             self._run_reference(self._compiler.emitted(self._call, self._request)[1])
         pairs = zip(leaves.items(), self._reference_leaves, strict=True)
         # Only floats are explained; of token ids and masks among the outputs there is no difference to take.
-        return {index: leaf - other for (index, leaf), other in pairs if leaf.is_floating_point()}
+        return {index: leaf - other for (index, leaf), other in pairs if is_float(leaf)}
 
     def answer(self, request: Request, seeds: list[Tensor], masks: list[Tensor] | None = None, **how: bool) -> Results:
         """Run the relevance code of ``request`` on seeds and masks in its order; ``how`` as in ``run``."""

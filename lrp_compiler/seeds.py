@@ -1,7 +1,8 @@
 """From what the user wants explained to the coefficient seed at the model's output.
 
 A seed is the coefficient c of the output, of the output's shape: relevance starts as output * c. One-hot at a
-logit, relevance at inputs and sinks sums to that logit.
+logit, relevance at inputs and sinks sums to that logit. Of a complex output relevance starts as Re(conj(c) output),
+so that a seed of 1 explains the real part and a seed of 1j the imaginary part.
 """
 
 from __future__ import annotations
@@ -88,13 +89,14 @@ class LogProbability(Seed):
 
 @dataclass(frozen=True)
 class Predicted(Seed):
-    """The largest entry of every sample's output."""
+    """The largest entry of every sample's output, by magnitude if it is complex."""
 
     def seed(self, output: Tensor) -> Tensor:
         if output.dim() == 0 or output.numel() == 0:
             return torch.ones_like(output)
         rows = output.reshape(output.shape[0], -1)
-        return torch.zeros_like(rows).scatter(1, rows.argmax(1, keepdim=True), 1.0).reshape(output.shape)
+        largest = (rows.abs() if rows.is_complex() else rows).argmax(1, keepdim=True)
+        return torch.zeros_like(rows).scatter(1, largest, 1.0).reshape(output.shape)
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,14 @@ def seed_for(output: Tensor, target: Target) -> Tensor:
     """The seed of one output for any target that is not a callable; raises TargetError."""
     if isinstance(target, Seed):
         return target.seed(output)
-    if isinstance(target, Tensor) and target.dtype.is_floating_point:
+    if isinstance(target, Tensor) and (target.is_floating_point() or target.is_complex()):
+        shape = tuple(target.shape)
         if target.shape != output.shape:
-            raise TargetError(
-                target=f"of shape {tuple(target.shape)}",
-                shape=tuple(output.shape),
-                cause="a seed tensor has the shape of the output",
-            )
+            cause = "a seed tensor has the shape of the output"
+            raise TargetError(target=f"of shape {shape}", shape=tuple(output.shape), cause=cause)
+        if target.is_complex() and not output.is_complex():
+            cause = "a complex seed is for a complex output"
+            raise TargetError(target=f"of shape {shape}", shape=tuple(output.shape), cause=cause)
         return target.to(output)
     return one_hot(output, target)
 
@@ -209,5 +212,7 @@ def _seeds_of_callable(
         total = sum((leaf.sum() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)), torch.zeros(()))
         if not total.requires_grad:
             raise TargetError(target=target, shape=shapes, cause="it does not depend on a floating-point output")
+        if total.is_complex():
+            raise TargetError(target=target, shape=shapes, cause="what it returns is complex; take its real part, say")
         grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {index: grad for index, grad in zip(leaves, grads, strict=True) if grad is not None}

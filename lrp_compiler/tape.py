@@ -14,9 +14,11 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.attention_sites import attention_sites
 from lrp_compiler.compiled import Compiler, ExplainedCall, live_value, output_names, rebuild_output
+from lrp_compiler.kernels.linear import relevance_of
 from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.linearised import Linearised
 from lrp_compiler.passes.errors import OptionValueError, OutputError, UnknownSiteError
+from lrp_compiler.passes.insert_relevance import total_of
 from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.sizes import value_of_sizes
@@ -208,7 +210,7 @@ class Tape:
         """Relevance in, out and sunk, op by op, in float64 sums."""
         results, seeds = self._ask(target, output, (), sinks=True, ledger=True)
         leaves = self._recording.amounts()
-        total = sum(float((seed.double() * leaves[index].detach().double()).sum()) for index, seed in seeds.items())
+        total = sum(float(total_of(seed, leaves[index].detach())[0]) for index, seed in seeds.items())
         dtype = next(iter(seeds.values())).dtype
         return ledger_from_results(self.program, results, total, dtype)
 
@@ -219,7 +221,9 @@ class Tape:
         """
         leaves = self._recording.amounts()
         return sum(  # type: ignore[return-value]
-            (seed * leaves[index]).reshape(seed.shape[0] if seed.dim() else 1, math.prod(seed.shape[1:])).sum(1)
+            relevance_of(seed, leaves[index])
+            .reshape(seed.shape[0] if seed.dim() else 1, math.prod(seed.shape[1:]))
+            .sum(1)
             for index, seed in self._seeds(target, output).items()
         )
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from lrp_compiler.passes.errors import NoAttributableInputError, UnknownInputError
 from lrp_compiler.passes.optable import OpClass, aten_names, classify, op_name
-from lrp_compiler.passes.program import InputKind, Program, carries_float, is_float, learn
+from lrp_compiler.passes.program import InputKind, Program, carries_float, is_complex, is_float, learn
 
 RECTIFIERS = aten_names("relu relu6 abs sigmoid hardsigmoid softplus exp square softmax _softmax sqrt")
 SIGN_KEEPERS = aten_names(
@@ -69,7 +69,7 @@ def _mark_non_negative(program: Program) -> None:
         keeps = name in SIGN_KEEPERS or node.target is operator.getitem
         numbers.append(node.kwargs.get("alpha", 1))
         kept = keeps and floats and all(operand in known for operand in floats) and all(n >= 0 for n in numbers)
-        if name in RECTIFIERS or kept:
+        if (name in RECTIFIERS and not is_complex(node)) or kept:
             known.add(node)
             learn(node, non_negative=True)
 

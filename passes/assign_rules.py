@@ -46,9 +46,9 @@ def _assign(program: Program, composite: Composite, chosen: Chosen) -> tuple[Pro
         if not op.flowing:
             continue
         rule = facts(node).rule if op.is_folded else composite.rule_for(op, chosen)
-        if rule is None:
+        if rule is None or (rule.real_only and op.is_complex):
             uncovered.append(node)
-            learn(node, flows=True)
+            learn(node, rule=rule, flows=True)
             continue
         if rule.folds_batch_norm and not op.is_folded and fold_batch_norm(node, rule, inside):
             continue
@@ -95,6 +95,8 @@ def _refuse(uncovered: list[fx.Node], composite: Composite) -> None:
         why = "" if classify(node) is not None else " (not in the op table)"
         if not why and composite.against_reference:
             why = " (no exact rule for differences from a reference run)"
+        if (rule := facts(node).rule) is not None:
+            why = f" (complex, while the rule '{rule}' is for real numbers)"
         place = module_path(node) or "(the model itself)"
         rows.append(f"  {op_name(node)}{why} as {node.name} in {place}: {user_source(node) or 'unknown line'}")
     example = str(uncovered[0].target)

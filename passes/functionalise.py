@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.passes.canonicalise import bound
 from lrp_compiler.passes.errors import UnsupportedMutationError, user_source
 from lrp_compiler.passes.program import Constant, Mutation, Program, return_values, value_of
 from lrp_compiler.passes.sizes import with_literals, with_numbers
@@ -22,6 +23,13 @@ SCATTERS = {
     "aten::select": aten.select_scatter.default,
     "aten::slice": aten.slice_scatter.default,
     "aten::diagonal": aten.diagonal_scatter.default,
+}
+RESHAPING = frozenset({"aten::transpose_", "aten::t_", "aten::squeeze_", "aten::unsqueeze_", "aten::swapaxes_"})
+"""Ops that change in place how a tensor is seen, and none of its values."""
+
+INVERSES = {
+    "aten::view_as_real": aten.view_as_complex.default,
+    "aten::view_as_complex": aten.view_as_real.default,
 }
 
 
@@ -47,6 +55,7 @@ class _Functionaliser:
         self.parent: dict[fx.Node, fx.Node] = {}
         self.writes: dict[fx.Node, int] = {}
         self.seen: dict[fx.Node, int] = {}
+        self.reshaped: set[fx.Node] = set()
 
     def run(self) -> Program:
         placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
@@ -111,6 +120,11 @@ class _Functionaliser:
         """Replace an in-place call by its functional form and write the result through to the base."""
         target = node.args[0]
         assert isinstance(target, fx.Node)
+        if node.target._schema.name in RESHAPING:  # type: ignore[union-attr]
+            self.reshape(node, target)
+            return
+        if self.root(target) in self.reshaped:
+            self.refuse(node, "it writes to a tensor after its shape was changed in place")
         result = self.functional(node, target)
         root = self.root(target)
         self.parent[node] = target
@@ -124,6 +138,17 @@ class _Functionaliser:
         self.writes[root] = count
         self.now[root], self.now[target] = value, result
         self.seen[root] = self.seen[target] = count
+
+    def reshape(self, node: fx.Node, target: fx.Node) -> None:
+        """Let ``target`` be seen as ``node`` leaves it from here on."""
+        self.parent[node] = target
+        self.reshaped.add(self.root(target))
+        name = str(node.target._schema.name).removeprefix("aten::").removesuffix("_")  # type: ignore[union-attr]
+        overload = node.target._schema.overload_name or next(iter(getattr(aten, name).overloads()))  # type: ignore[union-attr]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
+        while _writes(target):
+            target = self.parent[target]
+        self.now[target] = self.emit(node, getattr(getattr(aten, name), overload), args, kwargs)
 
     def functional(self, node: fx.Node, target: fx.Node) -> fx.Node:
         """The functional call in place of ``node``, of the shape and dtype of what it overwrites."""
@@ -155,13 +180,35 @@ class _Functionaliser:
             return self.refuse(node, f"it writes to one piece of {view.args[0]}")
         name = view.target._schema.name  # type: ignore[union-attr]
         whole, part = value_of(parent), value_of(value)
+        if name in SCATTERS and whole.is_complex():
+            return self.write_complex_part(node, view, parent, value)
         if name in SCATTERS:
             return self.emit(node, SCATTERS[name], (parent, value, *view.args[1:]), dict(view.kwargs))
+        if name in INVERSES:
+            return self.emit(node, INVERSES[name], (value,), {})
         if name in PERMUTING:
             return self.permute_back(node, view, value, whole)
         if whole.numel() == part.numel() and whole.dtype == part.dtype:
             return self.emit(node, aten.reshape.default, (value, list(whole.shape)), {})
         return self.refuse(node, f"it writes through {name}")
+
+    def write_complex_part(self, node: fx.Node, view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
+        """As a write to pairs of real numbers: autograd knows no scatter of complex ones."""
+        options = bound(view)
+        dims = {key: size % value_of(parent).dim() for key, size in options.items() if key.startswith("dim")}
+        scatter = SCATTERS[view.target._schema.name]  # type: ignore[union-attr]
+        whole, part = (self.emit(node, aten.view_as_real.default, (self.plain(node, v),), {}) for v in (parent, value))
+        if scatter is aten.diagonal_scatter.default:
+            # What is written comes last, after the pairs.
+            part = self.emit(node, aten.transpose.int, (part, -1, -2), {})
+        arguments = {**options, **dims, "self": whole, "src": part}
+        names = [argument.name for argument in scatter._schema.arguments]
+        pairs = self.emit(node, scatter, tuple(arguments[name] for name in names), {})
+        return self.emit(node, aten.view_as_complex.default, (pairs,), {})
+
+    def plain(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """``value`` with a pending conjugation carried out, without which it has no view of pairs."""
+        return self.emit(node, aten.resolve_conj.default, (value,), {}) if value_of(value).is_conj() else value
 
     def permute_back(self, node: fx.Node, view: fx.Node, value: fx.Node, whole: torch.Tensor) -> fx.Node:
         labels = [size + 2 for size in range(whole.dim())]

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from lrp_compiler.kernels.difference import difference
-from lrp_compiler.kernels.linear import masked_product, stabilise
+from lrp_compiler.kernels.linear import conjugate, masked_product, relevance_of, stabilise
 from lrp_compiler.passes.emitter import RelevanceEmitter
 from lrp_compiler.passes.errors import RuleResultError, SiteWithoutRelevanceError
 from lrp_compiler.passes.operation import Operand, Operation
@@ -46,23 +46,28 @@ def insert_relevance(program: Program, request: Request) -> Program:
 
 
 def on_relevance(c: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """R = a c."""
-    return c * value
+    """R = a c, real also where values are complex."""
+    return relevance_of(c, value)
 
 
 def to_coefficient(relevance: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """c = R / stab(a): lossy where a is zero."""
-    return relevance / stabilise(value, CONVERSION_EPSILON)
+    return relevance / conjugate(stabilise(value, CONVERSION_EPSILON))
 
 
 def conversion_loss(relevance: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """R - a c for c = R / stab(a): the stabiliser's share."""
-    return relevance - value * to_coefficient(relevance, value)
+    return relevance - relevance_of(to_coefficient(relevance, value), value)
 
 
 def total_of(edge: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """(sum(a c), sum |a c|) in float64, for the ledger."""
-    return total(masked_product(edge.double(), value.double()))
+    return total(masked_product(widest(edge), widest(value)))
+
+
+def widest(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in double precision, complex or not."""
+    return x.to(torch.complex128) if x.is_complex() else x.double()
 
 
 def total(relevance: torch.Tensor) -> torch.Tensor:
@@ -195,7 +200,7 @@ class _Inserter:
     def parameter_relevance(self, node: fx.Node) -> fx.Node:
         """W * c of a parameter; zeros where no op that the seeds reach reads it."""
         if node not in self.pending:
-            return self.zeros(node)
+            return self.zeros(node, "parameter")
         self.emitter.stamp = Facts(part="relevance", origin=node.name)
         edge = self.merged(node, self.pending[node], "coefficient")
         return self.emitter(masked_product, edge, node)  # type: ignore[no-any-return]
@@ -262,13 +267,14 @@ class _Inserter:
         if node.name not in self.sources:
             raise SiteWithoutRelevanceError(name=node.name, cause=self.why_unreached(node))
         for kind in self.wanted[node.name]:
-            self.results.append((Result(kind, node.name), self.zeros(node)))
+            self.results.append((Result(kind, node.name), self.zeros(node, kind)))
 
-    def zeros(self, node: fx.Node) -> fx.Node:
-        """Zeros of the shape of a node's value."""
+    def zeros(self, node: fx.Node, kind: Reading) -> fx.Node:
+        """Zeros of the shape of a node's value; relevance of complex values is real."""
         self.emitter.stamp = Facts(part="relevance", origin=node.name)
         fake = tensor_of(node)
-        return self.emitter.call(aten.full.default, list(fake.shape), 0, dtype=fake.dtype, device=fake.device)
+        dtype = fake.dtype if kind == "coefficient" else fake.real.dtype
+        return self.emitter.call(aten.full.default, list(fake.shape), 0, dtype=dtype, device=fake.device)
 
     def why_unreached(self, node: fx.Node) -> str:
         for other in forward_nodes(self.program):

@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.optable import OpClass, OpEntry, classify, op_name
-from lrp_compiler.passes.program import Pattern, carries_float, facts, is_float, value_of
+from lrp_compiler.passes.program import Pattern, carries_float, facts, is_complex, is_float, value_of
 
 FOLDED = "folded_batch_norm"
 """The pattern of a linear op and the batch normalisation that only it feeds, taken as one linear map."""
@@ -124,6 +124,11 @@ class Operation:
     def varying(self) -> tuple[Operand, ...]:
         """The operands whose values may differ in the reference run."""
         return tuple(operand for operand in self.operands if facts(operand.node).varies)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether an operand or the output holds complex numbers."""
+        return any(is_complex(node) for node in (self.node, *(operand.node for operand in self.operands)))
 
     @property
     def selects_alike(self) -> bool:

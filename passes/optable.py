@@ -99,7 +99,7 @@ OP_TABLE: dict[str, OpEntry] = {
         " threshold prelu abs asinh atan sin sinh erf expm1 log1p clamp clamp_min clamp_max",
     ),
     **_entries(OpClass.NONLINEAR, "sigmoid softplus exp log cos cosh log_sigmoid hardsigmoid"),
-    **_entries(OpClass.STATISTIC, "rsqrt sqrt reciprocal var std norm linalg_vector_norm"),
+    **_entries(OpClass.STATISTIC, "rsqrt sqrt reciprocal var std norm linalg_vector_norm angle"),
     **_entries(OpClass.POWER, "pow square"),
     **_entries(OpClass.RECURRENT, "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"),
     **_entries(
@@ -110,18 +110,19 @@ OP_TABLE: dict[str, OpEntry] = {
         " index index_select gather masked_select take scatter scatter_add index_add index_put index_copy masked_fill"
         " masked_scatter where pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d"
         " replication_pad2d diagonal diag_embed tril triu select_scatter slice_scatter diagonal_scatter movedim"
-        " swapaxes pixel_shuffle pixel_unshuffle unsafe_split copy real imag view_as_real view_as_complex",
+        " swapaxes pixel_shuffle pixel_unshuffle unsafe_split copy real imag view_as_real view_as_complex complex conj"
+        " _conj conj_physical resolve_conj _neg_view resolve_neg unfold_backward",
     ),
     **_entries(
         OpClass.REDUCTION,
         "sum mean cumsum trace avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d"
         " _adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d"
-        " upsample_bicubic2d",
+        " upsample_bicubic2d _fft_r2c _fft_c2r _fft_c2c",
     ),
     **_entries(
         OpClass.SELECTION,
         "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d"
-        " adaptive_max_pool3d max amax min amin maximum minimum topk sort logsumexp",
+        " adaptive_max_pool3d max amax min amin maximum minimum topk sort logsumexp scatter_reduce",
     ),
     **_entries(OpClass.SOFTMAX, "softmax _softmax log_softmax _log_softmax _safe_softmax"),
     **_entries(
@@ -134,6 +135,9 @@ OP_TABLE: dict[str, OpEntry] = {
         " empty_strided new_empty_strided fill bernoulli_ is_nonzero lift_fresh_copy triu_indices tril_indices",
     ),
 }
+
+UNCOVERED_MODES = {"aten::scatter_reduce": "prod"}
+"""Ops of which one mode, named by a literal argument, is something else than the table says."""
 
 TARGET_NAMES = {operator.getitem: "builtin::getitem"}
 
@@ -156,4 +160,5 @@ def schema_name(target: object) -> str:
 
 def classify(node: fx.Node) -> OpEntry | None:
     """The table's entry for a node, or None when the op is unknown."""
-    return OP_TABLE.get(op_name(node))
+    name = op_name(node)
+    return None if name in UNCOVERED_MODES and UNCOVERED_MODES[name] in node.args else OP_TABLE.get(name)

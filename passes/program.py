@@ -221,6 +221,13 @@ def is_float(value: object) -> bool:
     return isinstance(value, torch.Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex)
 
 
+def is_complex(node: fx.Node) -> bool:
+    """Whether ``node`` holds complex numbers."""
+    return any(
+        isinstance(leaf, torch.Tensor) and leaf.is_complex() for leaf in pytree.tree_leaves(node.meta.get("val"))
+    )
+
+
 def first_argument(node: fx.Node) -> fx.Node:
     """The node that ``node`` takes as its first argument."""
     first = node.args[0]

@@ -20,7 +20,7 @@ from lrp_compiler.passes.errors import OptionValueError
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Program, facts, forward_nodes, is_float
-from lrp_compiler.passes.reference_linear import LINEAR_FORMULAS, quotient
+from lrp_compiler.passes.reference_linear import LINEAR_FORMULAS, quotient, times
 from lrp_compiler.passes.reference_recurrent import recurrent
 from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
 from lrp_compiler.passes.rules.base import Rule
@@ -45,7 +45,7 @@ def reference_relevance(
     gradients = _follows_gradients(program)
     for index, seed in seeds.items():
         node = nodes[str(program.outputs[index])]
-        _add(arriving, node, seed if gradients else seed * values[node])
+        _add(arriving, node, seed if gradients else times(values[node], seed))
     sources = {name for found in program.sources.values() for name in found}
     for node in reversed(list(forward_nodes(program))):
         rule = facts(node).rule
@@ -61,8 +61,10 @@ def reference_relevance(
         for operand, relevance in _propagate(rule, op, outputs, values).items():
             _add(arriving, operand.node, relevance)
     found = {name: arriving.get(nodes[name], torch.zeros_like(values[nodes[name]])) for name in sites}
-    times_input = gradients and program.composite is not None and program.composite.readout == "relevance"
-    return {name: value * values[nodes[name]] if times_input else value for name, value in found.items()}
+    if gradients and program.composite is not None and program.composite.readout == "coefficient":
+        return found
+    found = {name: times(values[nodes[name]], value) if gradients else value for name, value in found.items()}
+    return {name: value.real + value.imag if value.is_complex() else value for name, value in found.items()}
 
 
 def _follows_gradients(program: Program) -> bool:
@@ -106,14 +108,18 @@ def _outputs_of(node: fx.Node, values: dict[fx.Node, Any], arriving: dict[Any, T
     if not any((node, index) in arriving for index in range(len(outputs))):
         return None
     return [
-        arriving.get((node, index), torch.zeros_like(value)) for index, value in enumerate(outputs) if is_float(value)
+        arriving.get((node, index), torch.zeros_like(value.real))
+        for index, value in enumerate(outputs)
+        if is_float(value)
     ]
 
 
 def _propagate(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
     formula = FORMULAS.get(type(rule))
-    if formula is None:
-        raise OptionValueError(name="reference", value=True, cause=f"the reference has no formula for rule '{rule}'")
+    if formula is None or (op.is_complex and formula in (_pass, _softmax)):
+        kind = " of complex values" if formula is not None else ""
+        cause = f"the reference has no formula for rule '{rule}'{kind}"
+        raise OptionValueError(name="reference", value=True, cause=cause)
     return formula(rule, op, outputs, values)
 
 
@@ -153,7 +159,7 @@ def _plain(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Nod
 
 
 def _times_input(operands: tuple[Operand, ...], grads: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
-    return {o: torch.where(g == 0, 0, values[o.node] * g) for o, g in zip(operands, grads, strict=True)}
+    return {o: torch.where(g == 0, 0, times(values[o.node], g)) for o, g in zip(operands, grads, strict=True)}
 
 
 def _epsilon(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
@@ -161,7 +167,7 @@ def _epsilon(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.N
     assert isinstance(rule, Epsilon)
     z = values[op.node]
     operands = rule.receivers(op)
-    ratio = outputs[0] / (z + rule.epsilon * torch.where(z >= 0, 1.0, -1.0))
+    ratio = quotient(outputs[0], z) * (z / (z + rule.epsilon * torch.where(z == 0, 1, torch.sgn(z))))
     return _times_input(operands, _vjp(op, [ratio], values, operands), values)
 
 
@@ -177,8 +183,20 @@ def _pass(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node
     return dict.fromkeys(rule.receivers(op), outputs[0])
 
 
+def _identity(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
+    """R_x = R_y; of complex x both parts of R_y together, by the coefficient c y / x turned back by its angle."""
+    (operand,) = rule.receivers(op)
+    if not op.is_complex:
+        return {operand: outputs[0]}
+    x, y = values[operand.node], values[op.node]
+    c, gate = quotient(outputs[0], y), y / torch.where(x == 0, 1, x)
+    return {operand: times(x, c * (gate.conj() if y.is_complex() else torch.sgn(x)))}
+
+
 def _numerator(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
-    """R_y summed to the numerator's shape."""
+    """R_y summed to the numerator's shape; complex numbers are turned as they are divided."""
+    if op.is_complex:
+        return _plain(rule, op, outputs, values)
     return {o: outputs[0].sum_to_size(values[o.node].shape) for o in rule.receivers(op)}
 
 
@@ -314,7 +332,7 @@ FORMULAS: dict[type[Rule], Callable[[Rule, Operation, list[Tensor], dict[fx.Node
     Plain: _plain,
     Epsilon: _epsilon,
     Uniform: _uniform,
-    Identity: _pass,
+    Identity: _identity,
     IdentityRelevance: _pass,
     Numerator: _numerator,
     LayerNorm: _layer_norm,

@@ -18,8 +18,17 @@ Relevances = dict[Operand, Tensor]
 
 
 def quotient(relevance: Tensor, z: Tensor) -> Tensor:
-    """R / z, nothing where z is zero."""
+    """R / z, nothing where z is zero; a complex z is a pair of real numbers, and its R holds that of either."""
+    if z.is_complex():
+        return torch.complex(quotient(relevance.real, z.real), quotient(relevance.imag, z.imag))
     return torch.where(z == 0, 0, relevance / torch.where(z == 0, 1, z))
+
+
+def times(value: Tensor, share: Tensor) -> Tensor:
+    """R = a c, of a complex number for either of its parts."""
+    if value.is_complex():
+        return torch.complex(value.real * share.real, value.imag * share.imag)
+    return value * share
 
 
 class _Linear:

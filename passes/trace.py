@@ -23,10 +23,10 @@ Emitted = Any
 
 
 def signature(value: object) -> object:
-    """What of a fake value decides how it traces: sizes, strides, dtype and device."""
+    """What of a fake value decides how it traces: sizes, strides, dtype, device, pending conjugation and negation."""
     if isinstance(value, torch.Tensor):
         sizes = tuple(map(size_key, (*value.shape, *value.stride())))
-        return (sizes, value.dtype, value.device)
+        return (sizes, value.dtype, value.device, value.is_conj(), value.is_neg())
     return value
 
 
@@ -165,7 +165,7 @@ def trace(
 ) -> fx.GraphModule:
     """Trace ``fn`` over tensors like ``fakes`` to ATen nodes; dead nodes are removed."""
     with fake_mode, torch.no_grad():
-        fresh = [_like(fake) for fake in fakes]
+        fresh = [_fresh(fake) for fake in fakes]
         table = {opened: opened.decompose} if opened is not None else None
         traced = make_fx(fn, decomposition_table=table, pre_dispatch=not autograd)(*fresh)
         if any(getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in traced.graph.nodes):
@@ -179,11 +179,13 @@ def trace(
     return traced
 
 
-def _like(fake: Any) -> Any:
-    """A fresh fake tensor like ``fake``; a size is itself."""
+def _fresh(fake: Any) -> Any:
+    """A tensor like ``fake`` that nothing knows, with what is pending on it at run time; a size is itself."""
     if not isinstance(fake, torch.Tensor):
         return fake
-    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+    made = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+    made = made.conj() if fake.is_conj() else made
+    return torch._neg_view(made) if fake.is_neg() else made
 
 
 def _rewire(graph: fx.Graph) -> None:

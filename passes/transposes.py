@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from lrp_compiler.kernels.fourier import complex_to_real_transpose, real_to_complex_transpose
 from lrp_compiler.kernels.linear import (
     convolution_transpose,
     grouped_weights,
@@ -65,7 +66,7 @@ def _convolution(dims: int, transposed: bool) -> Transpose:
         op = site.op
         shape = list(tensor_of(op.args[0]).shape)
         padding = op.argument(4, "padding", 0)
-        if receiver.argument != 0 or len(shape) != dims + 2 or isinstance(padding, str):
+        if receiver.argument != 0 or len(shape) != dims + 2 or isinstance(padding, str) or tensor_of(edge).is_complex():
             return None
         groups_at, dilation_at = (6, 7) if transposed else (6, 5)
         output_padding = op.argument(5, "output_padding", 0) if transposed else 0
@@ -121,6 +122,9 @@ def _cast_back(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
     before, after = tensor_of(receiver.node), tensor_of(edge)
     if before.device != after.device:
         return None
+    if after.is_complex() and not before.is_complex():
+        edge = site.emitter.call(aten.real.default, edge)
+        after = tensor_of(edge)
     return edge if before.dtype == after.dtype else site.emitter.call(aten.to.dtype, edge, before.dtype)
 
 
@@ -136,10 +140,25 @@ def _addend(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
 def _factor(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
     """c times the other factor, where nothing was broadcast into this one."""
     one, edged = tensor_of(receiver.node), tensor_of(edge)
-    if one.shape != edged.shape or one.dtype != edged.dtype:
+    if one.shape != edged.shape or one.dtype != edged.dtype or edged.is_complex():
         return None
     other = site.op.args[1 - int(receiver.argument)]
     return site.emitter.call(aten.mul.Tensor, edge, other)
+
+
+def _real_to_complex(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    _, dims, normalisation, onesided = site.op.args
+    size = tensor_of(receiver.node).shape[dims[-1]]
+    return site.emit(real_to_complex_transpose, edge, dims, normalisation, onesided, size)  # type: ignore[no-any-return]
+
+
+def _complex_to_real(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    return site.emit(complex_to_real_transpose, edge, *site.op.args[1:3])  # type: ignore[no-any-return]
+
+
+def _complex_to_complex(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    _, dims, normalisation, forward = site.op.args
+    return site.emitter.call(aten._fft_c2c.default, edge, dims, normalisation, not forward)
 
 
 def _recurrent(site: Site, edge: Any, receiver: Operand) -> fx.Node | None:
@@ -179,6 +198,9 @@ TRANSPOSES: dict[str, Transpose] = {
     "aten::conv_transpose1d": _convolution(1, True),
     "aten::conv_transpose2d": _convolution(2, True),
     "aten::conv_transpose3d": _convolution(3, True),
+    "aten::_fft_r2c": _real_to_complex,
+    "aten::_fft_c2r": _complex_to_real,
+    "aten::_fft_c2c": _complex_to_complex,
     "aten::max_pool2d_with_indices": _max_pool(2),
     "aten::max_pool3d_with_indices": _max_pool(3),
     **{name: _recurrent for name, entry in OP_TABLE.items() if entry.op_class is OpClass.RECURRENT},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.kernels.linear import relevance_of
 from lrp_compiler.passes.program import is_float
 
 
@@ -54,7 +55,7 @@ def pullback(
 
 
 def linear_remainder(target: Any, args: Any, kwargs: Any, leaves: tuple[int, ...], c: Tensor) -> Tensor:
-    """c * (f(x) - J_f(x) x) for a single-output ``target``; -inf scores count as zero where nothing flows."""
+    """c (f(x) - J_f(x) x) for a single-output ``target``; -inf scores count as zero where nothing flows."""
     values, rebuild = _filled(args, kwargs, leaves)
 
     def call(*live: Tensor) -> Tensor:
@@ -67,5 +68,4 @@ def linear_remainder(target: Any, args: Any, kwargs: Any, leaves: tuple[int, ...
     # The transpose of u -> J^T u, applied to x, is J x; forward-mode formulas are missing for too many ops.
     _, transposed, *_ = torch.func.vjp(pull, torch.zeros_like(result))
     (linear,) = transposed(directions)
-    remainder: Tensor = c * (result - linear)
-    return remainder
+    return relevance_of(c, result - linear)

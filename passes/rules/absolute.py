@@ -34,6 +34,7 @@ class AbsoluteAdd(Rule):
     """R_a = R |a| / (|a| + |b|); a constant addend keeps its share in the sink ``credited``."""
 
     name: ClassVar[str] = "absolute_add"
+    real_only: ClassVar[bool] = True
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         factors = self._factors(site.op)
@@ -91,6 +92,7 @@ class AbsoluteMultiply(Rule):
     """R_a = R |a| / (|a| + |b|) for two live factors; a constant factor hands everything to the other."""
 
     name: ClassVar[str] = "absolute_multiply"
+    real_only: ClassVar[bool] = True
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         factors = site.op.flowing_factors
@@ -121,6 +123,7 @@ class AbsoluteSum(Rule):
     """R_i = R |x_i| / sum |x| for sums and means."""
 
     name: ClassVar[str] = "absolute_sum"
+    real_only: ClassVar[bool] = True
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         (receiver,) = self.receivers(site.op)
@@ -158,6 +161,7 @@ class CreditedBias(Rule):
     """DynamicLRP's linear maps: the bias is credited by absolute ratio, the rest follows the epsilon rule."""
 
     name: ClassVar[str] = "credited_bias"
+    real_only: ClassVar[bool] = True
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return op.flowing_factors
@@ -178,6 +182,7 @@ class NormIdentity(Rule):
     """R_x = R_y at a norm, as relevance: weight and bias get nothing (DynamicLRP)."""
 
     name: ClassVar[str] = "norm_identity"
+    real_only: ClassVar[bool] = True
     kind: ClassVar[EdgeKind] = "relevance"
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:

@@ -27,14 +27,16 @@ class Rule:
 
     ``kind`` is the edge kind a rule takes and gives; ``linear_in_seed`` says whether twice the edge gives twice the
     edges, which all rules but filters do; a rule that ``folds_batch_norm`` takes a batch norm that follows
-    its op as part of it. Subclasses are frozen dataclasses, so that two rules with the same parameters are equal;
-    those that hold tensors equal themselves alone.
+    its op as part of it; one that is ``real_only`` asks for signs, which complex values have not. Subclasses are
+    frozen dataclasses, so that two rules with the same parameters are equal; those that hold tensors equal themselves
+    alone.
     """
 
     name: ClassVar[str] = "rule"
     kind: ClassVar[EdgeKind] = "coefficient"
     folds_batch_norm: ClassVar[bool] = False
     linear_in_seed: ClassVar[bool] = True
+    real_only: ClassVar[bool] = False
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         """The operands this rule hands relevance to, among those it can flow to."""

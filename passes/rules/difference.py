@@ -96,6 +96,8 @@ def attends_alike(op: Operation) -> bool:
 class DifferenceRule(Rule):
     """A rule whose coefficients multiply differences; subclasses write ``shares`` for any operands that differ."""
 
+    real_only: ClassVar[bool] = True
+
     def shares(self, site: Site, edge: Any, operands: tuple[Operand, ...]) -> Edges:
         """The coefficients of ``operands``, whether or not relevance can flow to them."""
         raise NotImplementedError
@@ -123,6 +125,7 @@ class Transpose(DifferenceRule):
     """c_x = VJP(c) for ops that are affine in all that differs: constants cancel in the difference."""
 
     name: ClassVar[str] = "transpose"
+    real_only: ClassVar[bool] = False
 
     def shares(self, site: Site, edge: Any, operands: tuple[Operand, ...]) -> Edges:
         return site.vjp(edge, operands)
@@ -133,6 +136,7 @@ class Midpoint(DifferenceRule):
     """c_a = VJP(c) with every other factor at the mean of both runs: exact for products, a b - a0 b0."""
 
     name: ClassVar[str] = "midpoint"
+    real_only: ClassVar[bool] = False
 
     def shares(self, site: Site, edge: Any, operands: tuple[Operand, ...]) -> Edges:
         assert site.op.entry is not None

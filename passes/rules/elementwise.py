@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.kernels.gates import GATES
+from lrp_compiler.kernels.linear import conjugate
 from lrp_compiler.kernels.offset_gates import OFFSET_GATES
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
@@ -20,8 +21,9 @@ aten = torch.ops.aten
 
 
 def gated(gate: Callable[..., Tensor], c: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """c * g(x)."""
-    return c * gate(*args, **kwargs)
+    """c * g(x); the conjugate of g where values are complex, since R = Re(conj(c) a)."""
+    given = gate(*args, **kwargs)
+    return c * (conjugate(given) if c.is_complex() else given)
 
 
 @dataclass(frozen=True)

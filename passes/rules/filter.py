@@ -53,6 +53,10 @@ class TopRelevance(Rule):
     def folds_batch_norm(self) -> bool:  # type: ignore[override]
         return self.rule.folds_batch_norm
 
+    @property
+    def real_only(self) -> bool:  # type: ignore[override]
+        return self.rule.real_only
+
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return self.rule.receivers(op)
 

@@ -10,8 +10,12 @@ from lrp_compiler.passes.optable import OpClass
 from lrp_compiler.passes.rules.attention import KEY, QUERY, VALUE, sinks_with_shares
 from lrp_compiler.passes.rules.base import Edges, Rule, Sinks
 from lrp_compiler.passes.rules.norm import BatchNorm, softmax_sink
+from lrp_compiler.passes.rules.plain import Plain
 from lrp_compiler.passes.rules.recurrent import recurrent_sinks
 from lrp_compiler.passes.site import Site
+
+AFFINE = frozenset({OpClass.ADD, OpClass.MOVEMENT, OpClass.REDUCTION})
+"""Classes whose gradient is their plain rule: only constants are left over."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Gradient(Rule):
         """c (f(x) - J x): a gradient does not conserve, and this is by how much."""
         if not edges:
             return {}
+        if site.op.op_class in AFFINE:
+            return Plain().sinks(site, edge, edges)
         if site.op.op_class is OpClass.ATTENTION:
             present = {operand.argument for operand in edges}
             return sinks_with_shares(site, edge, {side: 1.0 for side in (QUERY, KEY, VALUE) if side in present})

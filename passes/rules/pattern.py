@@ -34,6 +34,7 @@ class PatternSite(Rule):
     name: ClassVar[str] = "pattern_site"
     kind: ClassVar[EdgeKind] = "relevance"
     folds_batch_norm: ClassVar[bool] = True
+    real_only: ClassVar[bool] = True
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return op.flowing_factors
@@ -93,6 +94,7 @@ class OnRelevance(Rule):
 
     rule: Rule
     kind: ClassVar[EdgeKind] = "relevance"
+    real_only: ClassVar[bool] = True
 
     @property
     def linear_in_seed(self) -> bool:  # type: ignore[override]

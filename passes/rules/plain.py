@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.kernels.linear import epsilon_ratio, masked_product, stabilise
+from lrp_compiler.kernels.linear import epsilon_ratio, masked_product, relevance_of, stabilise
 from lrp_compiler.kernels.norm import bias_share, channel_bias_share
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import OpClass, aten_names, op_name
@@ -20,7 +20,7 @@ from lrp_compiler.passes.site import Site
 
 WITH_CONSTANTS = aten_names(
     "cat stack concat hstack vstack where masked_fill pad constant_pad_nd index_put scatter "
-    "select_scatter slice_scatter diagonal_scatter masked_scatter index_copy scatter_add index_add copy"
+    "select_scatter slice_scatter diagonal_scatter masked_scatter index_copy scatter_add index_add copy complex"
 )
 
 
@@ -83,7 +83,7 @@ def _bias_share(site: Site, edge: fx.Node, bias: fx.Node) -> fx.Node:
 
 def epsilon_leak(c: torch.Tensor, z: torch.Tensor, epsilon: float) -> torch.Tensor:
     """z c (1 - z / stab(z)): the share that a real epsilon absorbs."""
-    return c * (z - z * (z / stabilise(z, epsilon)))
+    return relevance_of(c, z - z * (z / stabilise(z, epsilon)))
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,7 @@ class SignSplit(Rule):
     """What the three rules share; ``epsilon`` stabilises their denominators with sign(0) = +1."""
 
     folds_batch_norm: ClassVar[bool] = True
+    real_only: ClassVar[bool] = True
     method: ClassVar[Shares]
     epsilon: float = 1e-6
 

@@ -80,6 +80,7 @@ class Terminal(Rule):
 
     kind: ClassVar[EdgeKind] = "relevance"
     folds_batch_norm: ClassVar[bool] = True
+    real_only: ClassVar[bool] = True
     terms: ClassVar[Callable[..., Terms]]
 
     def bounds(self, site: Site) -> Any:

@@ -43,7 +43,8 @@ class Entry:
     be found to carry relevance. ``mask`` names the keyword argument with ones for real tokens and zeros for padding,
     ``tokens`` the input it masks. ``batched`` is False where the samples of a batch are not separate (a graph's nodes,
     say), with the reason in ``because``. ``unbatched`` names keyword arguments that are shared by all samples.
-    ``rounding`` says why outputs equal eager's to rounding only, '' demanding the same bits.
+    ``rounding`` says why outputs equal eager's to rounding only, '' demanding the same bits; ``fused`` why they do
+    where eager records no gradients.
     """
 
     build: Callable[[], Call]
@@ -55,6 +56,7 @@ class Entry:
     because: str = ""
     unbatched: tuple[str, ...] = ()
     rounding: str = ""
+    fused: str = ""
 
 
 class InDouble(TorchFunctionMode):
@@ -69,8 +71,11 @@ class InDouble(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
 def _widened(leaf: Any) -> Any:
-    return torch.float64 if leaf is torch.float32 else leaf
+    return DOUBLE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
 
 
 def made(entry: Entry, *, double: bool = False) -> Call:
@@ -95,12 +100,15 @@ def made(entry: Entry, *, double: bool = False) -> Call:
             module.config.use_cache = False
     if double:
         call.model.double()
+        for parameter in call.model.parameters():
+            # Module.double leaves complex parameters alone.
+            parameter.data = _double(parameter.data)
         call.args, call.kwargs = pytree.tree_map(_double, (call.args, call.kwargs))
     return call
 
 
 def _double(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.dtype == torch.float32 else leaf
+    return leaf.to(DOUBLE.get(leaf.dtype, leaf.dtype)) if isinstance(leaf, Tensor) else leaf
 
 
 @contextlib.contextmanager
@@ -127,7 +135,7 @@ def check_drop_in(entry: Entry) -> None:
         for one, other in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True):
             if not isinstance(other, Tensor):
                 assert one == other
-            elif entry.rounding:
+            elif entry.rounding or (entry.fused and isinstance(context, torch.no_grad)):
                 torch.testing.assert_close(one, other)
             else:
                 assert one.dtype == other.dtype and torch.equal(one, other)

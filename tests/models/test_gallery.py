@@ -6,11 +6,21 @@ import gallery
 import gallery_encoders
 import gallery_mixtures
 import gallery_networks
+import gallery_scientific
+import gallery_structure
 import gallery_text
 import gallery_vision
 import pytest
 
-FAMILIES = (gallery_text, gallery_encoders, gallery_mixtures, gallery_vision, gallery_networks)
+FAMILIES = (
+    gallery_text,
+    gallery_encoders,
+    gallery_mixtures,
+    gallery_vision,
+    gallery_networks,
+    gallery_scientific,
+    gallery_structure,
+)
 ENTRIES = {name: entry for family in FAMILIES for name, entry in family.ENTRIES.items()}
 
 

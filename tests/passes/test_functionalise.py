@@ -79,7 +79,36 @@ def decomposition_that_writes(x: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(x, x.flip(0))
 
 
+def complex_spectrum_filled(x: Tensor) -> Tensor:
+    spectrum = torch.fft.rfft(x)
+    kept = torch.zeros(4, 4, dtype=torch.cfloat)
+    kept[:, 1:4:2] = spectrum[:, 1:4:2] * 2j
+    kept[-1] = spectrum[0].conj()
+    kept[:2].diagonal(0, -1, -2).copy_(spectrum[2, :2])
+    kept[:, -1:].mul_(1 + 1j)
+    kept.t()[0, 1:] = x[:3, 0]
+    return torch.fft.irfft(kept, n=6)
+
+
+def written_as_pairs(x: Tensor) -> Tensor:
+    z = torch.view_as_complex(x.clone().view(4, 3, 2))
+    torch.view_as_real(z)[..., 1].mul_(3)
+    pairs = x.clone().view(4, 3, 2)
+    torch.view_as_complex(pairs)[1:3] *= 2 + 1j
+    return torch.view_as_real(z * z.conj() + z).flatten(1) + pairs.flatten(1)
+
+
+def reshaped_in_place(x: Tensor) -> Tensor:
+    y = x * 2
+    y.t_()
+    y.unsqueeze_(0).squeeze_()
+    return y.transpose_(0, 1).sum(1) * x[:, 0]
+
+
 PROGRAMS = [
+    complex_spectrum_filled,
+    written_as_pairs,
+    reshaped_in_place,
     decomposition_that_writes,
     chained_views,
     view_taken_before_the_write,
@@ -103,6 +132,16 @@ def test_in_place_programs_compute_the_same(fn: Callable[[Tensor], Tensor]) -> N
     (gradient,) = torch.autograd.grad(fn(leaf), leaf, seed)
     _, tape = explained.run(x)
     torch.testing.assert_close(tape.relevance(seed), gradient)
+
+
+def test_a_write_after_reshaping_in_place_is_refused() -> None:
+    def written_late(x: Tensor) -> Tensor:
+        y = x.clone()
+        y.t_()
+        return y.mul_(2)
+
+    with pytest.raises(errors.UnsupportedMutationError, match="after its shape was changed in place"):
+        compile_for_lrp(Program(written_late))(torch.randn(4, 6))
 
 
 def test_a_write_that_cannot_be_followed_is_refused() -> None:

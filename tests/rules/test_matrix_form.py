@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from lrp_compiler import Composite, compile_for_lrp, composites
+from lrp_compiler import Composite, compile_for_lrp, composites, errors
 from lrp_compiler.kernels.gates import GATES
 
 Tensors = tuple[Tensor, ...]
@@ -224,6 +224,9 @@ def test_linear_maps_follow_a_real_epsilon(name: str, reference: bool) -> None:
 
 # --- sums, averages and data movement: the same ratio -------------------------------------------------------
 
+INTO = torch.tensor([[0], [1], [0], [0]]).expand(4, 3)
+"""Where scattered rows go."""
+
 SUMS = {
     "add": op(torch.add, (2, 3), (2, 3)),
     "add_broadcast": op(torch.add, (2, 1, 3), (4, 1)),
@@ -242,6 +245,11 @@ SUMS = {
     "mean_of_all": op(lambda x: x.mean().view(1), (2, 3)),
     "sum": op(lambda x: x.sum(1, keepdim=True), (2, 3, 4)),
     "cumsum": op(lambda x: x.cumsum(1), (2, 4)),
+    "scatter_sum": op(lambda x: torch.ones(2, 3).scatter_reduce(0, INTO, x, "sum"), (4, 3)),
+    "scatter_mean": op(lambda x: torch.ones(2, 3).scatter_reduce(0, INTO, x, "mean"), (4, 3)),
+    "scatter_mean_alone": op(
+        lambda x: torch.zeros(2, 3).scatter_reduce(0, INTO, x, "mean", include_self=False), (4, 3)
+    ),
     "avg_pool1d": op(lambda x: F.avg_pool1d(x, 3, 2, padding=1), (2, 2, 6)),
     "avg_pool2d": op(lambda x: F.avg_pool2d(x, 3, 2, padding=1, count_include_pad=False), (1, 2, 5, 5)),
     "avg_pool2d_overlapping": op(lambda x: F.avg_pool2d(x, 3, 1, ceil_mode=True), (1, 2, 4, 5)),
@@ -310,6 +318,8 @@ def test_data_movement_carries_relevance_along(name: str, reference: bool) -> No
 # --- winners ------------------------------------------------------------------------------------------------
 
 WINNERS = {
+    "scatter_amax": op(lambda x: torch.zeros(2, 3).scatter_reduce(0, INTO, x, "amax", include_self=False), (4, 3)),
+    "scatter_amin": op(lambda x: torch.full((2, 3), 9.0).scatter_reduce(0, INTO, x, "amin"), (4, 3)),
     "max_pool1d": op(lambda x: F.max_pool1d(x, 3, 2), (2, 2, 7)),
     "max_pool2d": op(lambda x: F.max_pool2d(x, 2), (2, 2, 4, 4)),
     "max_pool2d_overlapping": op(lambda x: F.max_pool2d(x, 3, 1, padding=1), (2, 2, 4, 5)),
@@ -1054,3 +1064,25 @@ def test_attention_of_any_shape(case: AttentionCase, batch: int, composite: str,
     inputs = tuple(laid_out(tuple(x.shape), layout) for x in case.inputs(batch))
     check(model, inputs, attention_restatement(case, mask, value_only=composite == "cp_lrp"), composite)
     check_conservation(model, inputs, composite)
+
+
+# --- what the op table refuses, and scores that count as nothing ---------------------------------------------
+
+
+def test_scattered_products_have_no_rule() -> None:
+    """Products share evenly between their factors, which torch's derivative of this op does not."""
+    model = Op(lambda x: torch.ones(2, 3).scatter_reduce(0, INTO, x, "prod"))
+    with pytest.raises(errors.UncoveredOpsError, match="scatter_reduce"):
+        compile_for_lrp(model, "attnlrp").run(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("fn", [torch.addmm, torch.baddbmm])
+def test_an_infinite_mask_added_to_a_product_takes_nothing(fn: Callable[..., Tensor]) -> None:
+    """As nn.MultiheadAttention adds its mask: a masked score has relevance zero, not zero times -inf."""
+    leading = (2,) if fn is torch.baddbmm else ()
+    mask = torch.zeros(*leading, 3, 4)
+    mask[..., 1:] = -torch.inf
+    model = Op(lambda q, k, m: fn(m, q, k).softmax(-1), mask)
+    output, tape = compile_for_lrp(model, "attnlrp").run(torch.randn(*leading, 3, 5), torch.randn(*leading, 5, 4))
+    ledger = tape.ledger(torch.randn_like(output))
+    assert all(row.relative_gap <= TOLERANCE for row in ledger.rows)
