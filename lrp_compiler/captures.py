@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
-from lrp_compiler.passes.program import Program
+from lrp_compiler.passes.program import Program, graph_inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +28,21 @@ class CapturedCall:
         """The captured program."""
         return self.stages[-1].program
 
+    def fits(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call of this kind has the values that the graph holds as constants."""
+        pins = {pin.input: pin.value for pin in self.program.pins}
+        if not pins:
+            return True
+        values = graph_inputs(self.program, model, args, kwargs)
+        named = zip((spec.node for spec in self.program.inputs), values, strict=True)
+        return all(torch.equal(value, pins[name]) for name, value in named if name in pins)
+
 
 class Captures:
     """The captured calls of one model; safe to share between threads and between composites."""
 
     def __init__(self) -> None:
-        self._calls: dict[Any, CapturedCall] = {}
+        self._calls: dict[Any, list[CapturedCall]] = {}
         self.lock = threading.RLock()
 
     def call(
@@ -42,13 +51,13 @@ class Captures:
         """This kind of call, captured at its first use; ops named in ``kept`` stay whole."""
         key = (call_key(model, args, kwargs), kept)
         grad_enabled = torch.is_grad_enabled()
-        found = self._calls.get((key, grad_enabled))
+        known = self._calls.setdefault((key, grad_enabled), [])
+        found = next((call for call in known if call.fits(model, args, kwargs)), None)
         if found is not None:
             return found
         with self.lock:
-            if (key, grad_enabled) not in self._calls:
-                self._capture(key, grad_enabled, model, args, kwargs, kept)
-            return self._calls[key, grad_enabled]
+            found = next((call for call in known if call.fits(model, args, kwargs)), None)
+            return found or self._capture(key, grad_enabled, model, args, kwargs, kept)
 
     def _capture(
         self,
@@ -58,13 +67,15 @@ class Captures:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         kept: frozenset[str],
-    ) -> None:
+    ) -> CapturedCall:
         """Capture a call; the result serves both grad modes unless the model's attention tells them apart."""
         _check_devices(model, args, kwargs)
         stages = capture_call(model, args, kwargs, kept, grad_enabled)
         captured = CapturedCall(stages, compile_forward(stages))
         modes = (grad_enabled,) if depends_on_grad_mode(stages) else (False, True)
-        self._calls.update({(key, mode): captured for mode in modes})
+        for mode in modes:
+            self._calls.setdefault((key, mode), []).append(captured)
+        return captured
 
 
 def call_key(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

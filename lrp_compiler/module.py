@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.baselines import Baseline, Baselines, named_inputs, reference_inputs
 from lrp_compiler.captures import Captures
-from lrp_compiler.compiled import Compiler, ExplainedCall, graph_inputs, rebuild_output
+from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
 from lrp_compiler.options import Options
 from lrp_compiler.passes.errors import BaselineError
 from lrp_compiler.passes.pipeline import Stage
-from lrp_compiler.passes.program import InputKind, Request
+from lrp_compiler.passes.program import InputKind, Request, graph_inputs
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.recording import write_back
 from lrp_compiler.report import Report, make_report, measured_conservation

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.attention_sites import attention_sites
-from lrp_compiler.compiled import Compiler, ExplainedCall, live_value, output_names, rebuild_output
+from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild_output
 from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.linearised import Linearised
 from lrp_compiler.passes.errors import OptionValueError, OutputError, UnknownSiteError
-from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts
+from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts, live_value
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.recording import Recording, Results, Sites
 from lrp_compiler.seeds import Target, seeds_for

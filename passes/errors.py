@@ -178,6 +178,15 @@ class BaselineError(LRPError):
     hint = "{remedy}"
 
 
+class DataDependentShapeError(LRPError):
+    id = "LRP023"
+    template = "{what} is known only when the model runs: {cause}"
+    hint = (
+        "Shapes are fixed when a call is captured. Read sizes from an integer input (n.item()), or pass them as Python"
+        " numbers; in place of selecting elements by a condition, mask them with torch.where."
+    )
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")

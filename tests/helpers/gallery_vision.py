@@ -13,7 +13,7 @@ from lrp_compiler import Token
 
 PATCHED: dict[str, Any] = {
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "intermediate_size": 48,
     "image_size": 16,
@@ -52,7 +52,8 @@ def similarity(output: Any) -> Tensor:
 
 
 def vit() -> Call:
-    return Call(transformers.ViTForImageClassification(transformers.ViTConfig(**PATCHED)), (), {"pixel_values": images()})
+    config = transformers.ViTConfig(**{**PATCHED, "num_hidden_layers": 2})
+    return Call(transformers.ViTForImageClassification(config), (), {"pixel_values": images()})
 
 
 def resnet() -> Call:
@@ -76,13 +77,10 @@ def swin() -> Call:
     return Call(transformers.SwinForImageClassification(config), (), {"pixel_values": images()})
 
 
-def mobilenet_v2() -> Call:
-    config = transformers.MobileNetV2Config(image_size=32, depth_multiplier=0.1, min_depth=4, num_labels=4)
-    return Call(transformers.MobileNetV2ForImageClassification(config), (), {"pixel_values": images(32)})
-
-
 def clip() -> Call:
-    config = transformers.CLIPConfig(text_config=WORDED, vision_config={**PATCHED, "projection_dim": 16}, projection_dim=16)
+    config = transformers.CLIPConfig(
+        text_config=WORDED, vision_config={**PATCHED, "projection_dim": 16}, projection_dim=16
+    )
     ids = words()
     return Call(transformers.CLIPModel(config), (), {"pixel_values": images(), "input_ids": ids})
 
@@ -124,7 +122,6 @@ ENTRIES = {
     "resnet": Entry(resnet, 1, ("pixel_values",)),
     "convnext": Entry(convnext, 1, ("pixel_values",)),
     "swin": Entry(swin, 1, ("pixel_values",)),
-    "mobilenet_v2": Entry(mobilenet_v2, 1, ("pixel_values",)),
     "clip": Entry(clip, similarity, PAIR),
     "siglip": Entry(siglip, similarity, PAIR),
     "naflex": Entry(naflex, similarity, PAIR, mask="pixel_attention_mask", tokens="pixel_values"),
