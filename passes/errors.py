@@ -33,7 +33,7 @@ class CaptureError(LRPError):
     template = "{model} could not be traced: {cause}"
     hint = (
         "Python control flow that depends on tensor values cannot be captured; write it with torch.cond or"
-        " torch.where, or move it out of forward."
+        " torch.where, or move it out of forward. A size may be read from an integer tensor as n.item(), not as int(n)."
     )
 
 

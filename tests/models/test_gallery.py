@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gallery
+import gallery_audio
+import gallery_images
 import gallery_networks
 import gallery_text
 import gallery_vision
 import pytest
 
-ENTRIES = {**gallery_text.ENTRIES, **gallery_vision.ENTRIES, **gallery_networks.ENTRIES}
+FAMILIES = (gallery_text, gallery_vision, gallery_audio, gallery_images, gallery_networks)
+ENTRIES = {name: entry for family in FAMILIES for name, entry in family.ENTRIES.items()}
 
 
 @pytest.mark.parametrize("name", ENTRIES)
