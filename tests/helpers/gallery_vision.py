@@ -51,6 +51,11 @@ def similarity(output: Any) -> Tensor:
     return output.logits_per_image.diagonal()  # type: ignore[no-any-return]
 
 
+def pooled(output: Any) -> Tensor:
+    """One feature of what the attention of a learned probe has pooled."""
+    return output.pooler_output[:, 3]  # type: ignore[no-any-return]
+
+
 def vit() -> Call:
     config = transformers.ViTConfig(**{**PATCHED, "num_hidden_layers": 2})
     return Call(transformers.ViTForImageClassification(config), (), {"pixel_values": images()})
@@ -93,12 +98,11 @@ def siglip() -> Call:
 
 def naflex() -> Call:
     """Images of 2 x 4 and 3 x 2 patches, padded to 8."""
-    patched = {**PATCHED, "num_patches": 16}
-    config = transformers.Siglip2Config(text_config={**WORDED, "projection_size": 32}, vision_config=patched)
+    config = transformers.Siglip2VisionConfig(**{**PATCHED, "num_patches": 16})
     shapes = torch.tensor([[2, 4], [3, 2]])
     mask = (torch.arange(8) < shapes.prod(1, keepdim=True)).int()
     kwargs = {"pixel_values": torch.randn(2, 8, 48), "pixel_attention_mask": mask, "spatial_shapes": shapes}
-    return Call(transformers.Siglip2Model(config), (), {**kwargs, "input_ids": words()})
+    return Call(transformers.Siglip2VisionModel(config), (), kwargs)
 
 
 def pix2struct() -> Call:
@@ -124,7 +128,7 @@ ENTRIES = {
     "swin": Entry(swin, 1, ("pixel_values",)),
     "clip": Entry(clip, similarity, PAIR),
     "siglip": Entry(siglip, similarity, PAIR),
-    "naflex": Entry(naflex, similarity, PAIR, mask="pixel_attention_mask", tokens="pixel_values"),
+    "naflex": Entry(naflex, pooled, ("pixel_values",), mask="pixel_attention_mask", tokens="pixel_values"),
     "pix2struct": Entry(
         pix2struct,
         Token(2, 7),

@@ -144,7 +144,7 @@ def test_image_sizes_of_a_batch_are_part_of_the_code() -> None:
     for spatial_shapes in (*shapes, *shapes):
         call.kwargs["spatial_shapes"] = spatial_shapes
         with torch.no_grad():
-            ours, theirs = explained(**call.kwargs).logits_per_image, call().logits_per_image
+            ours, theirs = explained(**call.kwargs).pooler_output, call().pooler_output
         assert torch.equal(ours, theirs)
         outputs.append(ours)
     assert not torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
