@@ -45,7 +45,19 @@ def reference_inputs(program: Program, inputs: list[Any], baselines: Baselines) 
         spec, value = specs[name]
         given = baselines.get(name) if isinstance(baselines, dict) else baselines
         found[spec.node] = _like(name, value, given)
+    _check_pins(program, {spec.node: name for name, (spec, _) in specs.items()}, found)
     return found
+
+
+def _check_pins(program: Program, names: dict[str, str], found: dict[str, Tensor]) -> None:
+    """Values that the compiled code holds as constants are the same in both runs; raises BaselineError."""
+    for pin in program.pins:
+        if pin.input in found and not torch.equal(found[pin.input], pin.value):
+            raise BaselineError(
+                name=names[pin.input],
+                cause="the model reads sizes or places from it, which have to be the same in both runs",
+                remedy="Leave it out of the baselines and of wrt.",
+            )
 
 
 def _is_user(spec: InputSpec) -> bool:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
-from lrp_compiler.passes.program import InputKind, Program
+from lrp_compiler.passes.program import InputKind, Program, graph_inputs
 from lrp_compiler.passes.sizes import SizeBinder, Sizes
 
 GRAPHS = 8
@@ -66,9 +66,16 @@ class CapturedCall:
         names = [spec.target for spec in self.program.inputs if spec.kind is InputKind.USER]
         return ", ".join(f"{names[leaf]} dimension {dim}" for leaf, dim in sorted(dims))
 
-    def admits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the program holds for a call's sizes."""
-        return self.binder.bind(pytree.tree_leaves((args, kwargs))) is not None
+    def admits(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the program holds for a call's sizes, and for the values that it holds as constants."""
+        if self.binder.bind(pytree.tree_leaves((args, kwargs))) is None:
+            return False
+        pins = {pin.input: pin.value for pin in self.program.pins}
+        if not pins:
+            return True
+        values = graph_inputs(self.program, model, args, kwargs)
+        named = zip((spec.node for spec in self.program.inputs), values, strict=True)
+        return all(torch.equal(value, pins[name]) for name, value in named if name in pins)
 
     def sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
         """The sizes of a call that the program holds for."""
@@ -105,10 +112,10 @@ class _Family:
     refusal: str = ""
     warned: bool = False
 
-    def fitting(self, args: tuple[Any, ...], kwargs: dict[str, Any], grad_enabled: bool) -> CapturedCall | None:
+    def fitting(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall | None:
         """A kept graph that holds for this call."""
-        able = (captured for captured in reversed(self.kept) if grad_enabled in captured.grad_modes)
-        return next((captured for captured in able if captured.admits(args, kwargs)), None)
+        able = (captured for captured in reversed(self.kept) if torch.is_grad_enabled() in captured.grad_modes)
+        return next((captured for captured in able if captured.admits(model, args, kwargs)), None)
 
     def varying(self, shapes: Shapes) -> frozenset[tuple[int, int]]:
         """The (leaf, dimension) pairs whose size has differed so far; sizes 0 and 1 are never left open."""
@@ -138,13 +145,13 @@ class Captures:
         With ``dynamic`` sizes that have differed are left open where the model allows it.
         """
         key = (call_key(model, args, kwargs), kept, dynamic)
-        family, grad_enabled = self._families.get(key), torch.is_grad_enabled()
-        found = family.fitting(args, kwargs, grad_enabled) if family is not None else None
+        family = self._families.get(key)
+        found = family.fitting(model, args, kwargs) if family is not None else None
         if found is not None:
             return found
         with self.lock:
             family = self._families.setdefault(key, _Family())
-            found = family.fitting(args, kwargs, grad_enabled)
+            found = family.fitting(model, args, kwargs)
             if found is None:
                 _check_devices(model, args, kwargs)
                 found = self._captured(family, model, args, kwargs, kept, dynamic)
@@ -219,7 +226,9 @@ def _reason(family: _Family, varying: frozenset[tuple[int, int]], dynamic: bool,
         return "first call of its kind"
     if not dynamic:
         return "another shape, and dynamic=False"
-    differ = f"sizes differ: {captured.describe(varying)}" if varying else "other sizes, strides or gradient mode"
+    differ = (
+        f"sizes differ: {captured.describe(varying)}" if varying else "other sizes, strides, values or gradient mode"
+    )
     return f"{differ}; {family.refusal}" if family.refusal else differ
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.captures import CapturedCall, Captures
@@ -16,7 +16,7 @@ from lrp_compiler.options import Options
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import OptionValueError, OutputError
 from lrp_compiler.passes.pipeline import Stage, emit, explain
-from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, Request, facts, is_float
+from lrp_compiler.passes.program import Constant, Program, Request, facts, is_float
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.sizes import Size, SizeBinder, Sizes
 from lrp_compiler.registry import with_rules
@@ -114,22 +114,6 @@ class Compiler:
     def _choose(self, program: Program) -> Composite:
         chosen = choose_composite(program) if isinstance(self.composite, str) else self.composite
         return with_rules(chosen, self.options.rules)
-
-
-def live_value(model: nn.Module, spec: InputSpec) -> Tensor:
-    """The current value of a parameter, buffer or constant of the graph."""
-    if spec.kind is InputKind.CONSTANT:
-        assert spec.constant is not None
-        return spec.constant
-    owner, _, name = spec.target.rpartition(".")
-    value: Tensor = getattr(model.get_submodule(owner), name)
-    return value
-
-
-def graph_inputs(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The values of the graph's placeholders for one call."""
-    leaves = iter(pytree.tree_leaves((args, kwargs)))
-    return [next(leaves) if spec.kind is InputKind.USER else live_value(model, spec) for spec in program.inputs]
 
 
 def output_names(program: Program) -> list[str]:

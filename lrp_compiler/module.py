@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.baselines import Baseline, Baselines, named_inputs, reference_inputs
 from lrp_compiler.captures import Captures, Compilation
-from lrp_compiler.compiled import Compiler, ExplainedCall, graph_inputs, rebuild_output
+from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
 from lrp_compiler.options import Options
 from lrp_compiler.passes.errors import BaselineError
 from lrp_compiler.passes.pipeline import Stage
-from lrp_compiler.passes.program import InputKind, Request
+from lrp_compiler.passes.program import InputKind, Request, graph_inputs
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.recording import write_back
 from lrp_compiler.report import Report, make_report, measured_conservation
@@ -226,7 +226,7 @@ class LRPModule(nn.Module):
                 self._compiler.captures.close(call, f"{type(error).__name__}: {str(error).splitlines()[0]}")
                 continue
             # Generating code may have asked more of the sizes; the call is then captured for its own.
-            if call.admits(args, kwargs):
+            if call.admits(self._model, args, kwargs):
                 return explained, request
 
     def explained_call(

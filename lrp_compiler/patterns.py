@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.compiled import graph_inputs
 from lrp_compiler.composites import pattern_composite
 from lrp_compiler.module import LRPModule
 from lrp_compiler.passes.errors import OptionValueError
 from lrp_compiler.passes.linear_map import linear_map
 from lrp_compiler.passes.operation import Operation
 from lrp_compiler.passes.optable import op_name
-from lrp_compiler.passes.program import Program, Request, facts
+from lrp_compiler.passes.program import Program, Request, facts, graph_inputs
 from lrp_compiler.passes.rules.pattern import PatternSite, weight_name
 from lrp_compiler.tape import Tape
 

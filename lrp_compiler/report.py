@@ -20,8 +20,9 @@ class Report:
     """Coverage, rules, promises, buffers and timings of one kind of call; ``str()`` is a readable page.
 
     ``rules`` counts ops per (op, rule); ``promises`` the forward values that relevance reads; ``buffers`` where each
-    is kept; ``sites`` every name that ``at=`` takes; ``conserves`` whether the composite claims that inputs and named
-    sinks make up the output, ``conservation`` what was measured of it.
+    is kept; ``specialised`` the inputs whose values the code holds, so that others compile anew; ``sites`` every name
+    that ``at=`` takes; ``conserves`` whether the composite claims that inputs and named sinks make up the output,
+    ``conservation`` what was measured of it.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Report:
     conversions: tuple[str, ...]
     buffers: tuple[Buffer, ...]
     milliseconds: dict[str, float]
+    specialised: tuple[str, ...]
     sites: tuple[str, ...]
     conserves: bool
     conservation: Conservation | None = None
@@ -79,6 +81,8 @@ class Report:
         width = max((len(op) for op, _ in self.rules), default=0)
         lines += [f"    {op:<{width}}  {rule:<18} x {count}" for (op, rule), count in self.rules.items()]
         lines.append("  conserves " + self._conservation())
+        if self.specialised:
+            lines.append(f"  constants values of {', '.join(self.specialised)}: others are compiled anew")
         if self.stopped:
             lines.append("  stopped   " + ", ".join(f"{op} x {count}" for op, count in self.stopped.items()))
         if self.patterns:
@@ -152,6 +156,7 @@ def make_report(
         conversions=executable.program.conversions,
         buffers=executable.program.buffers,
         milliseconds={stage.name: stage.milliseconds for stage in stages},
+        specialised=tuple(spec.target for spec in program.inputs if spec.node in {pin.input for pin in program.pins}),
         sites=tuple(site_table(program)),
         conserves=composite.conserves,
         conservation=conservation,

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.attention_sites import attention_sites
-from lrp_compiler.compiled import Compiler, ExplainedCall, live_value, output_names, rebuild_output
+from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild_output
 from lrp_compiler.kernels.linear import relevance_of
 from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.linearised import Linearised
 from lrp_compiler.passes.errors import OptionValueError, OutputError, UnknownSiteError
 from lrp_compiler.passes.insert_relevance import total_of
-from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts
+from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts, live_value
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.sizes import value_of_sizes
 from lrp_compiler.recording import Recording, Results, Sites

@@ -10,7 +10,7 @@ from torch import fx
 
 from lrp_compiler.passes.errors import NoAttributableInputError, UnknownInputError
 from lrp_compiler.passes.optable import OpClass, aten_names, classify, op_name
-from lrp_compiler.passes.program import InputKind, Program, carries_float, is_complex, is_float, learn
+from lrp_compiler.passes.program import Constant, InputKind, Program, carries_float, is_complex, is_float, learn
 
 RECTIFIERS = aten_names("relu relu6 abs sigmoid hardsigmoid softplus exp square softmax _softmax sqrt")
 SIGN_KEEPERS = aten_names(
@@ -31,7 +31,9 @@ OF_SHAPE_ALONE = aten_names(
 def analyse(program: Program, attributed: tuple[str, ...] | None = None, varied: tuple[str, ...] = ()) -> Program:
     """Find the sources of the inputs named in ``attributed`` (None: every input that has any) and mark live nodes.
 
-    A float input is its own source; an integer input's sources are the outputs of the embeddings it indexes.
+    A float input is its own source; an integer input's sources are the outputs of the embeddings it indexes. Unless it
+    is asked for by name, an input is left out when it reaches the outputs through comparisons and integers alone, as a
+    mask of zeros and ones does.
     ``varied`` names further inputs that a reference run changes, beside the attributed ones.
     Raises UnknownInputError for a name that is no input, NoAttributableInputError when nothing has a source.
     """
@@ -47,6 +49,9 @@ def analyse(program: Program, attributed: tuple[str, ...] | None = None, varied:
     if attributed and missing:
         raise NoAttributableInputError(cause=f"'{missing[0]}' is {_describe(tensors[missing[0]])}")
     sources = {name: found for name, found in sources.items() if found}
+    if attributed is None:
+        reaching = _reaching(program)
+        sources = {name: found for name, found in sources.items() if reaching.intersection(found)} or sources
     if not sources:
         described = ", ".join(f"'{name}' is {_describe(tensors[name])}" for name in tensors)
         raise NoAttributableInputError(cause=described or "the model takes no tensors")
@@ -106,15 +111,32 @@ def _keeps_index(user: fx.Node, index: fx.Node) -> bool:
     return moves and data_first and not carries_float(user)
 
 
+def _reaching(program: Program) -> set[str]:
+    """The nodes whose floats some output is computed from."""
+    nodes = program.nodes_by_name()
+    waiting = [nodes[leaf] for leaf in program.outputs if not isinstance(leaf, Constant)]
+    found: set[str] = set()
+    while waiting:
+        node = waiting.pop()
+        if node.name not in found and carries_float(node):
+            found.add(node.name)
+            waiting += [] if _blocks(node) else node.all_input_nodes
+    return found
+
+
+def _blocks(node: fx.Node) -> bool:
+    """Whether an op passes no relevance on, whatever it reads."""
+    entry = classify(node) if node.op == "call_function" else None
+    return entry is not None and entry.op_class is OpClass.NON_RELEVANCE
+
+
 def _mark_live(program: Program, sources: set[str]) -> None:
     """A node is live when it is a source or computes floats from a live node."""
     live: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op == "output":
             continue
-        entry = classify(node) if node.op == "call_function" else None
-        blocks = entry is not None and entry.op_class is OpClass.NON_RELEVANCE
-        derived = not blocks and carries_float(node) and any(arg in live for arg in node.all_input_nodes)
+        derived = not _blocks(node) and carries_float(node) and any(arg in live for arg in node.all_input_nodes)
         if node.name in sources or derived:
             live.add(node)
             learn(node, live=True)

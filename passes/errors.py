@@ -33,7 +33,7 @@ class CaptureError(LRPError):
     template = "{model} could not be traced: {cause}"
     hint = (
         "Python control flow that depends on tensor values cannot be captured; write it with torch.cond or"
-        " torch.where, or move it out of forward."
+        " torch.where, or move it out of forward. A size may be read from an integer tensor as n.item(), not as int(n)."
     )
 
 
@@ -178,8 +178,17 @@ class BaselineError(LRPError):
     hint = "{remedy}"
 
 
-class SizesError(LRPError):
+class DataDependentShapeError(LRPError):
     id = "LRP023"
+    template = "{what} is known only when the model runs: {cause}"
+    hint = (
+        "Shapes are fixed when a call is captured. Read sizes from an integer input (n.item()), or pass them as Python"
+        " numbers; in place of selecting elements by a condition, mask them with torch.where."
+    )
+
+
+class SizesError(LRPError):
+    id = "LRP025"
     template = "this question's code, generated for other sizes, does not hold for inputs of shape {shapes}"
     hint = "Run the model again on these inputs: the call is then compiled for its own sizes."
 

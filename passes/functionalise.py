@@ -159,11 +159,12 @@ class _Functionaliser:
             return self.like(source, kept, node)
         name = schema.name.removeprefix("aten::").removesuffix("_")
         overload = getattr(getattr(aten, name, None), schema.overload_name or "default", None)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
         if name == "bernoulli" and schema.overload_name == "float":
-            overload = aten.bernoulli.p
+            # In place, p may be left out; the functional variant demands it.
+            overload, args = aten.bernoulli.p, (args[0], *(args[1:] or (0.5,)))
         if overload is None or overload._schema.is_mutable:
             self.refuse(node, "torch has no functional variant of it")
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
         return self.like(self.emit(node, overload, args, kwargs), kept, node)
 
     def like(self, value: fx.Node, kept: torch.Tensor, node: fx.Node) -> fx.Node:

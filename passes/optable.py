@@ -110,14 +110,17 @@ OP_TABLE: dict[str, OpEntry] = {
         " index index_select gather masked_select take scatter scatter_add index_add index_put index_copy masked_fill"
         " masked_scatter where pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d"
         " replication_pad2d diagonal diag_embed tril triu select_scatter slice_scatter diagonal_scatter movedim"
-        " swapaxes pixel_shuffle pixel_unshuffle unsafe_split copy real imag view_as_real view_as_complex complex conj"
-        " _conj conj_physical resolve_conj _neg_view resolve_neg unfold_backward",
+        " swapaxes pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle max_unpool2d max_unpool3d"
+        " _unsafe_index unsafe_split copy real imag view_as_real view_as_complex complex conj _conj conj_physical"
+        " resolve_conj _neg_view resolve_neg unfold_backward",
     ),
     **_entries(
         OpClass.REDUCTION,
         "sum mean cumsum trace avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d"
         " _adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d"
-        " upsample_bicubic2d _fft_r2c _fft_c2r _fft_c2c",
+        " upsample_bicubic2d upsample_nearest3d upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa"
+        " _upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d"
+        " _fft_r2c _fft_c2r _fft_c2c",
     ),
     **_entries(
         OpClass.SELECTION,

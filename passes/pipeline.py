@@ -21,6 +21,7 @@ from lrp_compiler.passes.functionalise import functionalise
 from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.lower_promises import lower_promises
 from lrp_compiler.passes.partition import forward_only, partition
+from lrp_compiler.passes.pin import pin
 from lrp_compiler.passes.printer import print_program
 from lrp_compiler.passes.program import Program, Request
 from lrp_compiler.passes.recognise import recognise
@@ -31,7 +32,7 @@ from lrp_compiler.passes.verify import verify
 logger = logging.getLogger(__name__)
 Pass = Callable[..., Program]
 
-CAPTURE: tuple[Pass, ...] = (capture, clean, decompose, functionalise, canonicalise, recognise)
+CAPTURE: tuple[Pass, ...] = (capture, clean, pin, decompose, functionalise, canonicalise, recognise)
 """A call of a module -> its forward graph; depends on the call alone."""
 
 EXPLAIN: tuple[Pass, ...] = (analyse, assign_rules)
@@ -87,7 +88,11 @@ def capture_call(
     dynamic: frozenset[tuple[int, int]] = frozenset(),
 ) -> tuple[Stage, ...]:
     """The stages of CAPTURE for one call; ops named in ``kept`` are not taken apart, sizes in ``dynamic`` left open."""
-    settings: dict[Pass, tuple[Any, ...]] = {decompose: (kept,), canonicalise: (kept, grad_enabled)}
+    settings: dict[Pass, tuple[Any, ...]] = {
+        pin: (model, args, kwargs),
+        decompose: (kept,),
+        canonicalise: (kept, grad_enabled),
+    }
     history = run(capture, (), model, args, kwargs, dynamic)
     for one in CAPTURE[1:]:
         history = run(one, history, *settings.get(one, ()))

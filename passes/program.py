@@ -90,6 +90,14 @@ class Mutation:
     value: str
 
 
+@dataclass(frozen=True)
+class Pin:
+    """A graph input whose values were read out and made part of the graph: it is for calls with these values only."""
+
+    input: str
+    value: torch.Tensor
+
+
 Reading = Literal["relevance", "coefficient", "activation", "attention_map", "parameter"]
 """What can be read at a node: its relevance, coefficient or value; of an attention op, relevance at its map; of a
 parameter, the relevance of what it contributes, summed over the batch and over all its uses."""
@@ -162,6 +170,7 @@ class Program:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     mutations: tuple[Mutation, ...] = ()
+    pins: tuple[Pin, ...] = ()
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     attributed: tuple[str, ...] = ()
     varied: tuple[str, ...] = ()
@@ -240,6 +249,22 @@ def carries_float(node: fx.Node) -> bool:
     """Whether ``node`` holds a float tensor, or a tuple with one."""
     value = node.meta.get("val")
     return any(is_float(leaf) for leaf in pytree.tree_leaves(value))
+
+
+def live_value(model: torch.nn.Module, spec: InputSpec) -> torch.Tensor:
+    """The current value of a parameter, buffer or constant of the graph."""
+    if spec.kind is InputKind.CONSTANT:
+        assert spec.constant is not None
+        return spec.constant
+    owner, _, name = spec.target.rpartition(".")
+    value: torch.Tensor = getattr(model.get_submodule(owner), name)
+    return value
+
+
+def graph_inputs(program: Program, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The values of the graph's placeholders for one call."""
+    leaves = iter(pytree.tree_leaves((args, kwargs)))
+    return [next(leaves) if spec.kind is InputKind.USER else live_value(model, spec) for spec in program.inputs]
 
 
 def forward_nodes(program: Program) -> Iterator[fx.Node]:

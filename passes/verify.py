@@ -174,6 +174,7 @@ JOINT: tuple[Check, ...] = (
 LEGAL: dict[str, tuple[Check, ...]] = {
     "capture": (*COMMON, user_inputs_only_once),
     "clean": FLAT,
+    "pin": FLAT,
     "decompose": FLAT,
     "functionalise": FUNCTIONAL,
     "canonicalise": FUNCTIONAL,

@@ -207,7 +207,7 @@ def test_a_later_question_that_settles_a_size_is_refused_not_answered_wrongly() 
     _, compiled = counting(in_sinks=True)
     explained = compiled()
     tapes = [explained.run(torch.randn(batch, 4))[1] for batch in (2, 3, 5)]
-    with pytest.raises(SizesError, match=r"LRP023.*\n.*Run the model again"):
+    with pytest.raises(SizesError, match=r"LRP025.*\n.*Run the model again"):
         tapes[2].sinks(1)
     x = torch.randn(5, 4)
     again = explained.run(x)[1]

@@ -27,6 +27,11 @@ class Branches(nn.Module):
         return x
 
 
+class Selects(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x > 0]
+
+
 class Counts(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return ids.float().mean(1)
@@ -111,6 +116,12 @@ CASES: list[tuple[str, Callable[[], Any], type[LRPError], list[str]]] = [
         lambda: compile_for_lrp(Branches())(X),
         errors.CaptureError,
         ["torch.cond", "if x.sum() > 0:"],
+    ),
+    (
+        "shape of data",
+        lambda: compile_for_lrp(Selects())(X),
+        errors.DataDependentShapeError,
+        ["aten::index", "return x[x > 0]", "torch.where"],
     ),
     (
         "uncovered ops",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gallery
+import gallery_audio
 import gallery_encoders
+import gallery_images
 import gallery_mixtures
 import gallery_networks
 import gallery_scientific
@@ -17,6 +19,8 @@ FAMILIES = (
     gallery_encoders,
     gallery_mixtures,
     gallery_vision,
+    gallery_audio,
+    gallery_images,
     gallery_networks,
     gallery_scientific,
     gallery_structure,

@@ -260,6 +260,17 @@ SUMS = {
     "adaptive_avg_pool3d": op(lambda x: F.adaptive_avg_pool3d(x, 2), (1, 2, 3, 3, 3)),
     "interpolate_nearest": op(lambda x: F.interpolate(x, scale_factor=2.0), (1, 2, 3, 3)),
     "interpolate_bilinear": op(lambda x: F.interpolate(x, (5, 7), mode="bilinear"), (1, 2, 3, 4)),
+    "interpolate_linear_1d": op(lambda x: F.interpolate(x, 5, mode="linear"), (1, 2, 3)),
+    "interpolate_nearest_3d": op(lambda x: F.interpolate(x, scale_factor=2.0), (1, 1, 2, 2, 2)),
+    "interpolate_trilinear": op(lambda x: F.interpolate(x, (3, 2, 5), mode="trilinear"), (1, 1, 2, 3, 3)),
+    "interpolate_nearest_exact": op(lambda x: F.interpolate(x, (2, 5), mode="nearest-exact"), (1, 2, 3, 3)),
+    "interpolate_area": op(lambda x: F.interpolate(x, (2, 3), mode="area"), (1, 2, 3, 4)),
+    "interpolate_bilinear_antialiased": op(
+        lambda x: F.interpolate(x, (2, 3), mode="bilinear", antialias=True), (1, 2, 5, 4)
+    ),
+    "interpolate_bicubic_antialiased": op(
+        lambda x: F.interpolate(x, (6, 2), mode="bicubic", antialias=True), (1, 1, 4, 5)
+    ),
     "interpolate_bicubic": op(lambda x: F.interpolate(x, (5, 4), mode="bicubic", align_corners=True), (1, 1, 4, 3)),
 }
 
@@ -296,7 +307,26 @@ MOVES = {
     "tril": op(torch.tril, (3, 3)),
     "unfold": op(lambda x: x.unfold(1, 3, 1), (2, 5)),
     "pixel_shuffle": op(lambda x: F.pixel_shuffle(x, 2), (1, 4, 2, 3)),
+    "channel_shuffle": op(lambda x: nn.ChannelShuffle(3)(x), (1, 6, 2, 2)),
+    "max_unpool2d": op(lambda x: F.max_unpool2d(x, torch.tensor([[[[0, 6], [8, 15]]]]), 2), (1, 1, 2, 2)),
+    "max_unpool3d": op(lambda x: F.max_unpool3d(x, torch.tensor([[[[[5]]], [[[2]]]]]), 2), (1, 2, 1, 1, 1)),
 }
+
+
+LOG_SUM_EXP = op(lambda x: x.logsumexp((0, 2)), (2, 3, 4))
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_log_sum_exp_weights_by_softmax_and_keeps_the_entropy(reference: bool) -> None:
+    """logsumexp(x) = sum of p x + the entropy of p = softmax(x): the first term's share is x's, the second a sink."""
+
+    def restatement(inputs: Tensors, relevance: Tensor) -> Tensors:
+        p = torch.softmax(inputs[0].transpose(0, 1).flatten(1), -1).unflatten(1, (2, 4)).transpose(0, 1)
+        share = ratio(relevance, LOG_SUM_EXP.make()(*inputs))
+        return (inputs[0] * p * share[None, :, None],)
+
+    check(LOG_SUM_EXP.make(), LOG_SUM_EXP.inputs(), restatement, "attnlrp", reference)
+    check_conservation(LOG_SUM_EXP.make(), LOG_SUM_EXP.inputs())
 
 
 @pytest.mark.parametrize("reference", [False, True])
