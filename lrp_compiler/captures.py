@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.codegen import Executable
+from lrp_compiler.passes.eager_failure import unsupported_argument
 from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
 from lrp_compiler.passes.program import Program
@@ -42,7 +43,11 @@ class Captures:
         """This kind of call, captured at its first use; ops named in ``kept`` stay whole."""
         key = (call_key(model, args, kwargs), kept)
         grad_enabled = torch.is_grad_enabled()
-        found = self._calls.get((key, grad_enabled))
+        try:
+            found = self._calls.get((key, grad_enabled))
+        except TypeError:
+            # Only what can be hashed can be told apart from other calls.
+            raise (unsupported_argument(args, kwargs) or TypeError(f"{type(model).__name__}: no key")) from None
         if found is not None:
             return found
         with self.lock:

@@ -6,6 +6,8 @@ from lrp_compiler.passes.errors import (
     DerivativeError,
     DeviceMismatchError,
     DuplicateRuleError,
+    FactoryNotFoundError,
+    FactoryResultError,
     LedgerError,
     LRPError,
     NoAttributableInputError,
@@ -22,7 +24,9 @@ from lrp_compiler.passes.errors import (
     UnknownInputError,
     UnknownOptionError,
     UnknownSiteError,
+    UnsupportedArgumentError,
     UnsupportedMutationError,
+    UnsupportedOutputError,
     VerifierError,
 )
 
@@ -32,6 +36,8 @@ __all__ = [
     "DerivativeError",
     "DeviceMismatchError",
     "DuplicateRuleError",
+    "FactoryNotFoundError",
+    "FactoryResultError",
     "LRPError",
     "LedgerError",
     "NoAttributableInputError",
@@ -48,6 +54,8 @@ __all__ = [
     "UnknownInputError",
     "UnknownOptionError",
     "UnknownSiteError",
+    "UnsupportedArgumentError",
     "UnsupportedMutationError",
+    "UnsupportedOutputError",
     "VerifierError",
 ]

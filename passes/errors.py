@@ -205,6 +205,42 @@ class BaselineError(LRPError):
     hint = "{remedy}"
 
 
+class FactoryNotFoundError(LRPError):
+    id = "LRP030"
+    template = "'{spec}' names no factory: {cause}"
+    hint = (
+        "Write module:function, as in package.models:build; modules are looked up in the current directory,"
+        " or in the one given with --path."
+    )
+
+
+class FactoryResultError(LRPError):
+    id = "LRP031"
+    template = "{factory} did not return a model and its arguments: {cause}"
+    hint = (
+        "Return (model, args) or (model, args, kwargs), or an object with those attributes: model a torch.nn.Module,"
+        " args a tuple such as (x,), kwargs a dict from names to values."
+    )
+
+
+class UnsupportedArgumentError(LRPError):
+    id = "LRP032"
+    template = "argument '{name}' is a {kind}, which cannot be part of a compiled call"
+    hint = (
+        "Pass tensors, numbers, strings and None, or lists, tuples and dicts of those (torch.from_numpy(array) for an"
+        " array); set other settings on the model."
+    )
+
+
+class UnsupportedOutputError(LRPError):
+    id = "LRP033"
+    template = "{model} returns a {kind}, whose tensors cannot be found"
+    hint = (
+        "Return tensors, or lists, tuples, dicts and dataclasses of those; a dataclass has to be registered with"
+        " torch.export.register_dataclass."
+    )
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")
