@@ -19,10 +19,15 @@ class Bessel(nn.Module):
         return torch.special.i1e(self.layer(x))
 
 
+def build() -> tuple[nn.Module, tuple[Tensor]]:
+    """A model and its arguments, as ``lrp-compiler coverage own_rule:build`` asks for them."""
+    torch.manual_seed(0)
+    return Bessel(), (torch.randn(2, 4),)
+
+
 def main() -> None:
     """Show the refusal, register a rule, explain."""
-    torch.manual_seed(0)
-    model, x = Bessel(), torch.randn(2, 4)
+    model, (x,) = build()
     try:
         compile_for_lrp(model).attribute(x, target=1)
     except errors.UncoveredOpsError as refusal:

@@ -2,6 +2,7 @@
 
 from lrp_compiler import composites, errors, rules, seeds
 from lrp_compiler.api import compile_for_lrp
+from lrp_compiler.coverage import Coverage
 from lrp_compiler.ledger import Ledger
 from lrp_compiler.module import LRPModule
 from lrp_compiler.passes.rules.base import Composite
@@ -16,6 +17,7 @@ from lrp_compiler.tape import Tape
 __all__ = [
     "Composite",
     "Contrast",
+    "Coverage",
     "LRPModule",
     "Ledger",
     "Report",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.codegen import Executable
+from lrp_compiler.passes.eager_failure import unsupported_argument
 from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
 from lrp_compiler.passes.program import InputKind, Program, graph_inputs
@@ -145,7 +146,11 @@ class Captures:
         With ``dynamic`` sizes that have differed are left open where the model allows it.
         """
         key = (call_key(model, args, kwargs), kept, dynamic)
-        family = self._families.get(key)
+        try:
+            family = self._families.get(key)
+        except TypeError:
+            # Only what can be hashed can be told apart from other calls.
+            raise (unsupported_argument(args, kwargs) or TypeError(f"{type(model).__name__}: no key")) from None
         found = family.fitting(model, args, kwargs) if family is not None else None
         if found is not None:
             return found

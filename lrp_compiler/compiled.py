@@ -106,6 +106,11 @@ class Compiler:
                 self._explained[call, *inputs] = ExplainedCall(explain(call.stages, *inputs, self._choose))
             return self._explained[call, *inputs]
 
+    def explain_partly(self, call: CapturedCall, attributed: tuple[str, ...] | None) -> tuple[Stage, ...]:
+        """The stages of ``explain`` up to a program that lists its ops without a rule; not kept."""
+        with self._lock:
+            return explain(call.stages, attributed, (), self._choose, partial=True)
+
     def emitted(self, explained: ExplainedCall, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """Stages and code for one request."""
         with self._lock:

@@ -7,6 +7,8 @@ from lrp_compiler.passes.errors import (
     DerivativeError,
     DeviceMismatchError,
     DuplicateRuleError,
+    FactoryNotFoundError,
+    FactoryResultError,
     LedgerError,
     LRPError,
     NoAttributableInputError,
@@ -24,7 +26,9 @@ from lrp_compiler.passes.errors import (
     UnknownInputError,
     UnknownOptionError,
     UnknownSiteError,
+    UnsupportedArgumentError,
     UnsupportedMutationError,
+    UnsupportedOutputError,
     VerifierError,
 )
 
@@ -35,6 +39,8 @@ __all__ = [
     "DerivativeError",
     "DeviceMismatchError",
     "DuplicateRuleError",
+    "FactoryNotFoundError",
+    "FactoryResultError",
     "LRPError",
     "LedgerError",
     "NoAttributableInputError",
@@ -52,6 +58,8 @@ __all__ = [
     "UnknownInputError",
     "UnknownOptionError",
     "UnknownSiteError",
+    "UnsupportedArgumentError",
     "UnsupportedMutationError",
+    "UnsupportedOutputError",
     "VerifierError",
 ]

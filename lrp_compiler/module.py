@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.baselines import Baseline, Baselines, named_inputs, reference_inputs
 from lrp_compiler.captures import Captures, Compilation
 from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
+from lrp_compiler.coverage import Coverage, measure_coverage
 from lrp_compiler.options import Options
-from lrp_compiler.passes.errors import BaselineError
+from lrp_compiler.passes.errors import BaselineError, LRPError, UnknownInputError
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import InputKind, Request, graph_inputs
 from lrp_compiler.passes.rules.base import Composite
@@ -204,6 +205,29 @@ class LRPModule(nn.Module):
             conservation = measured_conservation(tape.ledger(Predicted() if target is None else target))
         return make_report(type(self._model).__name__, stages, executable, explained, conservation)
 
+    def coverage(self, *args: Any, wrt: Names = None, **kwargs: Any) -> Coverage:
+        """What becomes of every op of this kind of call, also of one that cannot be explained.
+
+        Ops without a rule and whatever else is refused are rows of the result. Raises UnknownInputError, and what
+        the model itself raises.
+        """
+        stages: tuple[Stage, ...] = ()
+        name = type(self._model).__name__
+        attributed = _as_names(wrt)
+        try:
+            call = self._compiler.call(self._model, args, dict(sorted(kwargs.items())))
+            stages = call.stages
+            stages = self._compiler.explain_partly(call, attributed)
+            if stages[-1].program.uncovered:
+                return measure_coverage(name, stages)
+            explained = self._compiler.explain(call, attributed)
+            stages, executable = self._compiler.emitted(explained, default_request(explained, None, self._options))
+        except UnknownInputError:
+            raise
+        except LRPError as error:
+            return measure_coverage(name, stages, [error])
+        return measure_coverage(name, stages, codegen=executable.milliseconds)
+
     def stages(self, *args: Any, wrt: Names = None, **kwargs: Any) -> tuple[Stage, ...]:
         """Every pass's output for this kind of call; ``str(stage)`` is a Python program."""
         return self._compiler.emitted(*self._prepared(args, dict(sorted(kwargs.items())), None, wrt, ()))[0]
@@ -237,13 +261,16 @@ class LRPModule(nn.Module):
         The inputs ``varied`` may have other values in a reference run.
         """
         call = self._compiler.call(self._model, args, kwargs)
-        attributed = None if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
-        return self._compiler.explain(call, attributed, varied)
+        return self._compiler.explain(call, _as_names(wrt), varied)
 
     def _user_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """The names of the argument leaves, as the model's forward calls them."""
         program = self._compiler.call(self._model, args, kwargs).program
         return [spec.target for spec in program.inputs if spec.kind is InputKind.USER]
+
+
+def _as_names(names: Names) -> tuple[str, ...] | None:
+    return None if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
 def _by_name(baselines: Any, names: list[str]) -> Baselines:

@@ -7,6 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lrp_compiler.compiled import ExplainedCall
+from lrp_compiler.coverage import (
+    ConversionRow,
+    Coverage,
+    NodeRow,
+    OpRow,
+    indented,
+    measure_coverage,
+    op_table,
+    timings,
+)
 from lrp_compiler.ledger import Ledger
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.optable import op_name
@@ -19,10 +29,10 @@ from lrp_compiler.sites import site_table
 class Report:
     """Coverage, rules, promises, buffers and timings of one kind of call; ``str()`` is a readable page.
 
-    ``rules`` counts ops per (op, rule); ``promises`` the forward values that relevance reads; ``buffers`` where each
-    is kept; ``specialised`` the inputs whose values the code holds, so that others compile anew; ``sites`` every name
-    that ``at=`` takes; ``conserves`` whether the composite claims that inputs and named sinks make up the output,
-    ``conservation`` what was measured of it.
+    ``coverage`` holds what becomes of every op and node; ``rules`` counts ops per (op, rule); ``promises`` the forward
+    values that relevance reads; ``buffers`` where each is kept; ``specialised`` the inputs whose values the code holds,
+    so that others compile anew; ``sites`` every name that ``at=`` takes; ``conserves`` whether the composite claims
+    that inputs and named sinks make up the output, ``conservation`` what was measured.
     """
 
     model: str
@@ -37,13 +47,36 @@ class Report:
     rules: dict[tuple[str, str], int]
     stopped: dict[str, int]
     patterns: dict[str, int]
-    conversions: tuple[str, ...]
     buffers: tuple[Buffer, ...]
-    milliseconds: dict[str, float]
     specialised: tuple[str, ...]
+    coverage: Coverage
     sites: tuple[str, ...]
     conserves: bool
     conservation: Conservation | None = None
+
+    @property
+    def ops(self) -> tuple[OpRow, ...]:
+        """Per op: counts, rules, edge kinds, promises."""
+        return self.coverage.ops
+
+    @property
+    def nodes(self) -> tuple[NodeRow, ...]:
+        """Per node: status, rule, edges, promises, module and source line; ``table()`` prints them."""
+        return self.coverage.nodes
+
+    @property
+    def conversions(self) -> tuple[ConversionRow, ...]:
+        """Where edges change their kind."""
+        return self.coverage.conversions
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """How long each pass and codegen took."""
+        return self.coverage.milliseconds
+
+    def table(self) -> str:
+        """One line per node."""
+        return self.coverage.table()
 
     @property
     def promises(self) -> int:
@@ -70,17 +103,14 @@ class Report:
             f"{self.model} explained by {self.composite}" + (f" ({self.reason})" if self.reason else ""),
             f"  inputs    {inputs}",
             f"  output    {self.explained_output} (of {', '.join(self.outputs)})",
-            f"  ops       {self.forward_ops} forward, {self.live_ops} on the path of relevance, all covered;"
-            f" {self.relevance_ops} relevance ops",
+            f"  ops       {self.forward_ops} forward, {self.coverage.fractions()}; {self.relevance_ops} relevance ops",
             f"  promises  {self.promises}: {kinds['saved']} saved ({self.saved_bytes:,} B), {kinds['view']} views,"
             f" {kinds['free']} free{_of_reference(kinds)}; {len(self.conversions)} edge conversions",
-            f"  passes    {sum(self.milliseconds.values()):.0f} ms: "
-            + ", ".join(f"{name} {ms:.0f}" for name, ms in self.milliseconds.items()),
+            f"  passes    {timings(self.milliseconds)}",
             "  rules",
+            indented(op_table(self.ops)),
+            "  conserves " + self._conservation(),
         ]
-        width = max((len(op) for op, _ in self.rules), default=0)
-        lines += [f"    {op:<{width}}  {rule:<18} x {count}" for (op, rule), count in self.rules.items()]
-        lines.append("  conserves " + self._conservation())
         if self.specialised:
             lines.append(f"  constants values of {', '.join(self.specialised)}: others are compiled anew")
         if self.stopped:
@@ -153,10 +183,9 @@ def make_report(
         rules=dict(sorted(Counter((op_name(node), str(facts(node).rule)) for node in flowing).items())),
         stopped=dict(Counter(op_name(node) for node in live if facts(node).rule is not None and not facts(node).flows)),
         patterns=dict(Counter(pattern.kind for pattern in patterns)),
-        conversions=executable.program.conversions,
         buffers=executable.program.buffers,
-        milliseconds={stage.name: stage.milliseconds for stage in stages},
         specialised=tuple(spec.target for spec in program.inputs if spec.node in {pin.input for pin in program.pins}),
+        coverage=measure_coverage(model, stages, codegen=executable.milliseconds),
         sites=tuple(site_table(program)),
         conserves=composite.conserves,
         conservation=conservation,

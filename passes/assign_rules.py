@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lrp_compiler.passes.errors import UncoveredOpsError, user_source
+from lrp_compiler.passes.errors import UncoveredOp, UncoveredOpsError, user_source
 from lrp_compiler.passes.operation import FOLDED, Operation
 from lrp_compiler.passes.optable import classify, op_name
 from lrp_compiler.passes.program import Pattern, Program, facts, first_argument, forward_nodes, learn, module_path
@@ -13,20 +13,22 @@ from lrp_compiler.passes.rule_tensors import supply_rule_tensors
 from lrp_compiler.passes.rules.base import Chosen, Composite, Rule
 
 
-def assign_rules(program: Program, composite: Composite) -> Program:
+def assign_rules(program: Program, composite: Composite, partial: bool = False) -> Program:
     """Give each live op a rule and mark where relevance can flow: to sources, through ops whose rule receives.
 
     In graph order, since what an op is (linear or bilinear) depends on which operands relevance can flow to.
-    Raises UncoveredOpsError listing every live op that no line of the composite matches.
+    Raises UncoveredOpsError listing every live op that no line of the composite matches; a ``partial`` assignment
+    lists them in ``uncovered`` instead.
     """
     chosen = Chosen()
     assigned, uncovered = _assign(program, composite, chosen)
     if any(matcher.last for matcher, _ in composite.lines):
         # Which op is the last to match is known once all have been looked at.
         assigned, uncovered = _assign(program, composite, Chosen(last=chosen.seen))
-    if uncovered:
-        _refuse(uncovered, composite)
-    return supply_rule_tensors(assigned)
+    rows = tuple(_row(node, composite) for node in uncovered)
+    if rows and not partial:
+        raise UncoveredOpsError(rows=rows, composite=composite.name, example=_example(uncovered[0]))
+    return supply_rule_tensors(assigned.having(uncovered=rows))
 
 
 def _assign(program: Program, composite: Composite, chosen: Chosen) -> tuple[Program, list[fx.Node]]:
@@ -89,16 +91,16 @@ def fold_batch_norm(node: fx.Node, rule: Rule, inside: set[str]) -> bool:
     return True
 
 
-def _refuse(uncovered: list[fx.Node], composite: Composite) -> None:
-    rows = []
-    for node in uncovered:
-        why = "" if classify(node) is not None else " (not in the op table)"
-        if not why and composite.against_reference:
-            why = " (no exact rule for differences from a reference run)"
-        if (rule := facts(node).rule) is not None:
-            why = f" (complex, while the rule '{rule}' is for real numbers)"
-        place = module_path(node) or "(the model itself)"
-        rows.append(f"  {op_name(node)}{why} as {node.name} in {place}: {user_source(node) or 'unknown line'}")
-    example = str(uncovered[0].target)
-    example = f"torch.ops.{example}" if example.startswith("aten.") else example
-    raise UncoveredOpsError(count=len(rows), composite=composite.name, table="\n".join(rows), example=example)
+def _row(node: fx.Node, composite: Composite) -> UncoveredOp:
+    why = "" if classify(node) is not None else "not in the op table"
+    if not why and composite.against_reference:
+        why = "no exact rule for differences from a reference run"
+    if (rule := facts(node).rule) is not None:
+        why = f"complex, while the rule '{rule}' is for real numbers"
+    return UncoveredOp(op_name(node), node.name, module_path(node), user_source(node), why)
+
+
+def _example(node: fx.Node) -> str:
+    """How a user would name the op of ``node``."""
+    name = str(node.target)
+    return f"torch.ops.{name}" if name.startswith("aten.") else name

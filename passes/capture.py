@@ -16,6 +16,7 @@ from torch.export.graph_signature import ConstantArgument
 from torch.export.graph_signature import InputKind as ExportKind
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.passes.eager_failure import eager_failure
 from lrp_compiler.passes.errors import CaptureError, RecurrentError, user_source_of_trace
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, learn
 
@@ -35,7 +36,8 @@ def capture(
     ``dynamic`` holds pairs (argument leaf, dimension) whose size may differ from call to call.
 
     Raises CaptureError, with the user's source line, when the call cannot be traced, RecurrentError when that is
-    because of a packed sequence.
+    because of a packed sequence. What fails without tracing, too, raises the model's own error, or
+    UnsupportedArgumentError or UnsupportedOutputError for what cannot pass in or out.
     """
     args, kwargs = _distinct(args, kwargs)
     with _quiet(), _traceable_configs(model), _without_attention_fastpath():
@@ -50,6 +52,8 @@ def capture(
                     remedy="Pass samples one by one, or padded batches to modules that read forward only.",
                     source=_blame(error),
                 ) from error
+            if (own := eager_failure(model, args, kwargs)) is not None:
+                raise own from None
             cause = str(error).strip().splitlines() or [type(error).__name__]
             raise CaptureError(
                 model=type(model).__name__, cause=f"{type(error).__name__}: {cause[0]}", source=_blame(error)

@@ -35,7 +35,7 @@ class Executable:
     requested, ``relevance(sizes, *free, *saved, *reference, *seeds) -> results``.
 
     ``free``, ``saved`` and ``reference`` name those arguments, the last by the node whose value in the reference run
-    it is; ``recorded`` names what the forward pass returns for them.
+    it is; ``recorded`` names what the forward pass returns for them. ``milliseconds`` is what making it took.
     """
 
     program: Program
@@ -45,6 +45,7 @@ class Executable:
     saved: tuple[str, ...]
     reference: tuple[str, ...]
     recorded: tuple[str, ...]
+    milliseconds: float = 0.0
 
     @cached_property
     def differentiable(self) -> Code:

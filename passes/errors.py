@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
 
 class LRPError(Exception):
-    """Base of every refusal; ``str(error)`` holds id, cause, source line and hint.
+    """Base of every refusal; ``str(error)`` holds id, ``cause``, ``source`` line and ``remedy``.
 
-    Subclasses set ``id``, ``template`` (a format string over the keyword arguments) and ``hint``.
+    Subclasses set ``id``, ``template`` (a format string over the keyword arguments, the cause) and ``hint`` (one for
+    the remedy).
     """
 
     id: ClassVar[str] = "LRP000"
@@ -20,11 +22,13 @@ class LRPError(Exception):
     def __init__(self, *, source: str | None = None, **fields: object) -> None:
         self.fields = fields
         self.source = source
-        lines = [f"[{self.id}] {self.template.format(**fields)}"]
+        self.cause = self.template.format(**fields)
+        self.remedy = self.hint.format(**fields)
+        lines = [f"[{self.id}] {self.cause}"]
         if source:
             lines.append(f"  at: {source}")
-        if self.hint:
-            lines.append(f"  hint: {self.hint.format(**fields)}")
+        if self.remedy:
+            lines.append(f"  hint: {self.remedy}")
         super().__init__("\n".join(lines))
 
 
@@ -43,13 +47,36 @@ class UnsupportedMutationError(LRPError):
     hint = "Write the line without the trailing underscore (y = x.{name}(...) instead of x.{name}_(...))."
 
 
+@dataclass(frozen=True)
+class UncoveredOp:
+    """A live op without a rule: its op's name, node, module path, user's source line, and why it has none."""
+
+    op: str
+    node: str
+    module: str
+    source: str | None
+    why: str
+
+    def __str__(self) -> str:
+        why = f" ({self.why})" if self.why else ""
+        place = self.module or "(the model itself)"
+        return f"{self.op}{why} as {self.node} in {place}: {self.source or 'unknown line'}"
+
+
 class UncoveredOpsError(LRPError):
+    """``rows`` holds what the message lists."""
+
     id = "LRP003"
     template = "{count} operation(s) on the path of relevance have no rule in composite '{composite}':\n{table}"
     hint = (
         "Give each one a rule: @lrp_compiler.register_rule({example}) on a function"
         " (c, out, *args) -> coefficients of the inputs, or pass rules={{op: function}} to compile_for_lrp."
     )
+
+    def __init__(self, *, rows: tuple[UncoveredOp, ...], composite: str, example: str) -> None:
+        self.rows = rows
+        table = "\n".join(f"  {row}" for row in rows)
+        super().__init__(count=len(rows), composite=composite, table=table, example=example)
 
 
 class NoAttributableInputError(LRPError):
@@ -191,6 +218,42 @@ class SizesError(LRPError):
     id = "LRP025"
     template = "this question's code, generated for other sizes, does not hold for inputs of shape {shapes}"
     hint = "Run the model again on these inputs: the call is then compiled for its own sizes."
+
+
+class FactoryNotFoundError(LRPError):
+    id = "LRP030"
+    template = "'{spec}' names no factory: {cause}"
+    hint = (
+        "Write module:function, as in package.models:build; modules are looked up in the current directory,"
+        " or in the one given with --path."
+    )
+
+
+class FactoryResultError(LRPError):
+    id = "LRP031"
+    template = "{factory} did not return a model and its arguments: {cause}"
+    hint = (
+        "Return (model, args) or (model, args, kwargs), or an object with those attributes: model a torch.nn.Module,"
+        " args a tuple such as (x,), kwargs a dict from names to values."
+    )
+
+
+class UnsupportedArgumentError(LRPError):
+    id = "LRP032"
+    template = "argument '{name}' is a {kind}, which cannot be part of a compiled call"
+    hint = (
+        "Pass tensors, numbers, strings and None, or lists, tuples and dicts of those (torch.from_numpy(array) for an"
+        " array); set other settings on the model."
+    )
+
+
+class UnsupportedOutputError(LRPError):
+    id = "LRP033"
+    template = "{model} returns a {kind}, whose tensors cannot be found"
+    hint = (
+        "Return tensors, or lists, tuples, dicts and dataclasses of those; a dataclass has to be registered with"
+        " torch.export.register_dataclass."
+    )
 
 
 def user_source(node: fx.Node) -> str | None:

@@ -17,6 +17,7 @@ from lrp_compiler.passes.optable import OpClass, classify
 from lrp_compiler.passes.program import (
     FACTS,
     Constant,
+    Conversion,
     Facts,
     Program,
     Reading,
@@ -90,7 +91,7 @@ class _Inserter:
         self.pending: Pending = {}
         self.tuples: dict[fx.Node, dict[int, list[tuple[fx.Node, EdgeKind]]]] = {}
         self.results: list[tuple[Result, fx.Node]] = []
-        self.conversions: list[str] = []
+        self.conversions: list[Conversion] = []
         self.lost: dict[fx.Node, fx.Node] = {}
         self.masks: dict[str, fx.Node] = {}
         self.sources = {name for found in program.sources.values() for name in found}
@@ -226,7 +227,7 @@ class _Inserter:
 
     def converted(self, node: fx.Node, edge: fx.Node, kind: EdgeKind) -> fx.Node:
         """An edge of the other kind: exact towards relevance, stabilised towards coefficients."""
-        self.conversions.append(f"{node.name} -> {kind}")
+        self.conversions.append(Conversion(node.name, kind))
         if kind == "relevance":
             return self.emitter(on_relevance, edge, self.amount(node))  # type: ignore[no-any-return]
         if self.request.sinks or self.request.ledger:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -107,7 +107,7 @@ def depends_on_grad_mode(captured: tuple[Stage, ...]) -> bool:
 
 def compile_forward(captured: tuple[Stage, ...]) -> Executable:
     """Code for the forward pass alone."""
-    return codegen(forward_only(captured[-1].program))
+    return generate(forward_only(captured[-1].program))
 
 
 def explain(
@@ -115,10 +115,14 @@ def explain(
     attributed: tuple[str, ...] | None,
     varied: tuple[str, ...],
     choose: Callable[[Program], Composite],
+    partial: bool = False,
 ) -> tuple[Stage, ...]:
-    """The stages of EXPLAIN; ``choose`` picks the composite by what the analysed graph contains."""
+    """The stages of EXPLAIN; ``choose`` picks the composite by what the analysed graph contains.
+
+    ``partial`` stages list ops without a rule instead of refusing them.
+    """
     history = run(analyse, captured, attributed, varied)
-    return run(assign_rules, history, choose(history[-1].program))
+    return run(assign_rules, history, choose(history[-1].program), partial)
 
 
 def emit(explained: tuple[Stage, ...], request: Request) -> tuple[tuple[Stage, ...], Executable]:
@@ -126,4 +130,11 @@ def emit(explained: tuple[Stage, ...], request: Request) -> tuple[tuple[Stage, .
     history = run(insert_relevance, explained, request)
     for one in EMIT[1:]:
         history = run(one, history)
-    return history, codegen(history[-1].program)
+    return history, generate(history[-1].program)
+
+
+def generate(program: Program) -> Executable:
+    """The code of a partitioned program, timed."""
+    start = time.perf_counter()
+    made = codegen(program)
+    return replace(made, milliseconds=(time.perf_counter() - start) * 1e3)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from lrp_compiler.passes.errors import UncoveredOp
     from lrp_compiler.passes.rules.base import Composite, Rule
 
 FACTS = "lrp"
@@ -131,6 +132,17 @@ class Request:
     blocked: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """Where an edge changes its kind: at the output of ``node``, ``to`` the kind that the node's rule takes."""
+
+    node: str
+    to: Literal["coefficient", "relevance"]
+
+    def __str__(self) -> str:
+        return f"{self.node} -> {self.to}"
+
+
 BufferKind = Literal["free", "view", "saved", "reference"]
 
 
@@ -155,7 +167,8 @@ class Program:
     """A graph on its way through the pipeline; passes return a new one and leave theirs untouched.
 
     ``sources`` maps each attributed user input to the nodes where its relevance is read: itself, or the embeddings
-    it indexes. ``varied`` names the user inputs that have another value in the reference run.
+    it indexes. ``varied`` names the user inputs that have another value in the reference run. ``uncovered`` lists the
+    live ops without a rule, where that was asked for; such a program cannot be emitted.
     ``outputs`` holds, per leaf of the model's output tree, a node name or the constant itself. ``root`` owns the
     sub-graphs of higher-order ops until ``canonicalise`` has inlined them. After ``partition`` ``graph`` is the
     forward graph and ``relevance_graph`` the other half. ``traces`` caches traced functions by signature and is
@@ -175,7 +188,8 @@ class Program:
     attributed: tuple[str, ...] = ()
     varied: tuple[str, ...] = ()
     composite: Composite | None = None
-    conversions: tuple[str, ...] = ()
+    uncovered: tuple[UncoveredOp, ...] = ()
+    conversions: tuple[Conversion, ...] = ()
     results: tuple[Result, ...] = ()
     seeds: tuple[int, ...] = ()
     buffers: tuple[Buffer, ...] = ()

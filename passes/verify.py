@@ -80,11 +80,12 @@ def has_sources(program: Program) -> str | None:
 
 
 def live_has_rule(program: Program) -> str | None:
-    """A live node that relevance flows through has a rule, and a live input it flows to."""
+    """A live node that relevance flows through has a rule, unless listed as uncovered, and a live input it flows to."""
     sources = {name for found in program.sources.values() for name in found}
+    uncovered = {row.node for row in program.uncovered}
     for node in forward_nodes(program):
         known = facts(node)
-        if known.flows and node.name not in sources and known.rule is None:
+        if known.flows and node.name not in sources | uncovered and known.rule is None:
             return f"relevance flows through {node.name}, which has no rule"
         if known.flows and not known.live:
             return f"relevance flows through {node.name}, which is not live"

@@ -44,6 +44,14 @@ def test_the_readme_shows_what_the_examples_print(name: str) -> None:
         assert line.replace(f"{ROOT}/", "") in README
 
 
+def test_the_readme_shows_what_the_command_line_prints() -> None:
+    command = [sys.executable, "-m", "lrp_compiler", "coverage", "own_rule:build", "--path", "examples"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1, done.stderr
+    shown = [line for line in done.stdout.splitlines() if " ms: " not in line]
+    assert "\n".join(shown).replace(f"{ROOT}/", "") in README
+
+
 @pytest.mark.slow
 def test_the_demo_runs(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(ROOT / "examples" / "demo.py")], check=True, cwd=tmp_path)

@@ -320,7 +320,8 @@ def test_edges_of_relevance_where_no_coefficient_exists() -> None:
     _, tape = explained.run(x)
     found = tape.relevance(1, at=["linear", "sigmoid"])
     torch.testing.assert_close(found["linear"], found["sigmoid"])
-    assert explained.report(x).conversions == ("sigmoid -> relevance", "linear -> coefficient")
+    conversions = [str(conversion) for conversion in explained.report(x).conversions]
+    assert conversions == ["sigmoid -> relevance", "linear -> coefficient"]
 
 
 def test_integer_and_none_arguments_are_part_of_the_call() -> None:
