@@ -19,9 +19,9 @@ from lrp_compiler.sites import site_table
 class Report:
     """Coverage, rules, promises, buffers and timings of one kind of call; ``str()`` is a readable page.
 
-    ``rules`` counts ops per (op, rule); ``promises`` the forward values that relevance reads; ``buffers`` where each
-    is kept; ``sites`` every name that ``at=`` takes; ``conserves`` whether the composite claims that inputs and named
-    sinks make up the output, ``conservation`` what was measured of it.
+    ``rules`` counts ops per (op, rule), ``patterns`` recognised groups of ops per kind; ``promises`` the forward values
+    that relevance reads; ``buffers`` where each is kept; ``sites`` every name that ``at=`` takes; ``conserves`` whether
+    the composite claims that inputs and named sinks make up the output, ``conservation`` what was measured of it.
     """
 
     model: str
@@ -129,7 +129,8 @@ def make_report(
     """Collect the report from the stages of one request."""
     program = explained.program
     live = [node for node in forward_nodes(program) if facts(node).live and node.op == "call_function"]
-    patterns = [pattern for node in live if (pattern := facts(node).pattern) is not None]
+    patterns = [pattern.kind for node in live if (pattern := facts(node).pattern) is not None]
+    structures = [structure.kind for node in forward_nodes(program) for structure in facts(node).structures]
     flowing = [node for node in live if facts(node).flows and facts(node).rule is not None]
     names = explained.explainable_outputs()
     (chosen,) = executable.program.seeds
@@ -148,7 +149,7 @@ def make_report(
         relevance_ops=sum(node.op == "call_function" for node in relevance.nodes),
         rules=dict(sorted(Counter((op_name(node), str(facts(node).rule)) for node in flowing).items())),
         stopped=dict(Counter(op_name(node) for node in live if facts(node).rule is not None and not facts(node).flows)),
-        patterns=dict(Counter(pattern.kind for pattern in patterns)),
+        patterns=dict(Counter([*patterns, *structures])),
         conversions=executable.program.conversions,
         buffers=executable.program.buffers,
         milliseconds={stage.name: stage.milliseconds for stage in stages},
