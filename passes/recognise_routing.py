@@ -87,15 +87,19 @@ def _spread(flow: Flow, node: fx.Node, found: _Routing) -> None:
         router = found.choices[node.args[0]]  # type: ignore[index]
         (found.weights if node.args[1] == 0 else found.choices)[node] = router
         return
-    operands = value_operands(node)
-    chosen = next((found.choices[operand] for operand in operands if operand in found.choices), None)
-    weighing = [operand for operand in operands if operand in found.weights]
+    chosen = _chosen(node, found)
+    weighing = [operand for operand in value_operands(node) if operand in found.weights]
     if chosen is not None and node not in flow.signals:
         found.choices[node] = chosen
     elif chosen is not None and not weighing and _picks(flow, node, chosen):
         found.weights[node] = chosen
     elif weighing:
         _weigh(flow, node, weighing, found)
+
+
+def _chosen(node: fx.Node, found: _Routing) -> _Router | None:
+    """The router whose choice ``node`` reads."""
+    return next((found.choices[operand] for operand in value_operands(node) if operand in found.choices), None)
 
 
 def _picks(flow: Flow, node: fx.Node, router: _Router) -> bool:
@@ -110,7 +114,8 @@ def _weigh(flow: Flow, node: fx.Node, weighing: list[fx.Node], found: _Routing) 
     others = [operand for operand in float_operands(node) if operand in flow.signals and operand not in found.weights]
     entry = classify(node)
     if not others:
-        if entry is not None and entry.op_class in WEIGHING:
+        spread = entry is not None and entry.op_class is OpClass.LINEAR and _chosen(node, found) is not None
+        if spread or (entry is not None and entry.op_class in WEIGHING):
             found.weights[node] = router
         return
     pair = factors(node)

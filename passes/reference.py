@@ -31,6 +31,7 @@ from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, Softma
 from lrp_compiler.passes.rules.plain import Epsilon, Plain
 from lrp_compiler.passes.rules.product import Numerator, Uniform
 from lrp_compiler.passes.rules.recurrent import Recurrent
+from lrp_compiler.passes.rules.routing import ConstantRouter
 from lrp_compiler.passes.rules.scan import SelectiveScan, SignalTakesAll
 
 Relevances = dict[Operand, Tensor]
@@ -336,6 +337,7 @@ FORMULAS: dict[type[Rule], Callable[[Rule, Operation, list[Tensor], dict[fx.Node
     AttentionValueOnly: _attention,
     Gradient: _gradient,
     Recurrent: recurrent,
+    ConstantRouter: _plain,
     SelectiveScan: _scan,
     SignalTakesAll: _plain,
     **LINEAR_FORMULAS,
