@@ -90,10 +90,12 @@ def batch_normalised(c: Tensor, weight: Tensor | None, x: Tensor, x0: Tensor, rs
     return normalised(weighted, x, x0, rstd.view(shape), rstd0.view(shape), dims, True).to(x.dtype)
 
 
-def rms_normalised(c: Tensor, x: Tensor, x0: Tensor, rstd: Tensor, rstd0: Tensor) -> Tensor:
-    """c_x of x rstd; the mean runs over the dimensions along which ``rstd`` has size 1."""
-    dims = [dim for dim, size in enumerate(rstd.shape) if size == 1]
-    return normalised(c, x, x0, rstd, rstd0, dims, False).to(x.dtype)
+def self_normalised(
+    c: Tensor, x: Tensor, x0: Tensor, scale: Tensor, scale0: Tensor, dims: list[int], centred: bool, divides: bool
+) -> Tensor:
+    """c_x of u rstd, u = x - mean(x) if ``centred`` else x; ``scale`` is rstd, or its inverse that ``divides``."""
+    rstd, rstd0 = (1 / scale, 1 / scale0) if divides else (scale, scale0)
+    return normalised(c, x, x0, rstd, rstd0, dims, centred).to(x.dtype)
 
 
 def logarithmic_mean(log_p: Tensor, log_p0: Tensor) -> Tensor:

@@ -58,6 +58,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap tanh(x / cap) / x, 1 at zero."""
+    return tanh(x / cap)
+
+
 def silu(x: Tensor) -> Tensor:
     """sigmoid(x)."""
     return torch.sigmoid(x)
@@ -184,6 +189,7 @@ GATES: dict[str, Callable[..., Tensor]] = {
     "aten::threshold": threshold,
     "aten::gelu": gelu,
     "pattern::gelu_tanh": gelu_tanh,
+    "pattern::softcap": softcap,
     "aten::silu": silu,
     "aten::mish": mish,
     "aten::hardswish": hardswish,

@@ -28,9 +28,20 @@ def group_norm_transpose(c: Tensor, weight: Tensor | None, rstd: Tensor, groups:
     return centred.reshape(c.shape)
 
 
-def rms_norm_transpose(c: Tensor, rstd: Tensor) -> Tensor:
-    """c / rms(x): the weight is an op of its own; ``rstd`` broadcasts against ``c``."""
-    return c * rstd
+def rms_norm_transpose(c: Tensor, scale: Tensor, divides: bool, dtype: torch.dtype) -> Tensor:
+    """c / rms(x) as ``dtype``: the weight is an op of its own.
+
+    ``scale`` broadcasts against ``c``; it is 1 / rms(x), or where the norm ``divides`` by it, rms(x).
+    """
+    made = c / scale if divides else c * scale
+    return made if made.dtype == dtype else made.to(dtype)
+
+
+def centred_norm_transpose(
+    c: Tensor, scale: Tensor, divides: bool, dtype: torch.dtype, dims: tuple[int, ...]
+) -> Tensor:
+    """(c - mean(c)) / std over ``dims``: layer norm without its weight; the rest as in rms_norm_transpose."""
+    return rms_norm_transpose(c - c.mean(dims, keepdim=True), scale, divides, dtype)
 
 
 def batch_norm_scale(weight: Tensor | None, rstd: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
+from lrp_compiler.composite_options import keep_top as keep_top
+from lrp_compiler.composite_options import with_router as with_router
 from lrp_compiler.kernels.offset_gates import OFFSET_GATES
 from lrp_compiler.passes.errors import UnknownCompositeError
 from lrp_compiler.passes.operation import Operation, gates_a_product
@@ -46,7 +48,6 @@ from lrp_compiler.passes.rules.elementwise import (
     IdentityRelevance,
     OffsetGate,
 )
-from lrp_compiler.passes.rules.filter import TopRelevance
 from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, SoftmaxGradient
 from lrp_compiler.passes.rules.pattern import OnRelevance, PatternAttribution, PatternNet, PatternSite
@@ -211,32 +212,6 @@ def linear_interpreter() -> Composite:
     line = (on(OpClass.NONLINEAR, where=has_offset_gate), OffsetGate())
     frozen = cp_lrp().override(line, name="linear_interpreter")
     return replace(frozen, readout="coefficient")
-
-
-def keep_top(composite: Composite, fraction: float) -> Composite:
-    """``composite`` keeping the ``fraction`` of largest relevance per sample behind every linear map and product."""
-    lines: list[tuple[Matcher, Rule]] = []
-    for matcher, rule in composite.lines:
-        lines.append((_restricted(matcher, to_products=True), TopRelevance(rule, fraction)))
-        lines.append((_restricted(matcher, to_products=False), rule))
-    return replace(composite, name=f"{composite.name}, top {fraction:g}", lines=tuple(lines))
-
-
-def _restricted(matcher: Matcher, *, to_products: bool) -> Matcher:
-    """``matcher`` for linear maps and products alone, or for all else."""
-    return replace(matcher, where=_IsProduct(to_products, matcher.where))
-
-
-@dataclass(frozen=True)
-class _IsProduct:
-    """Whether an op is a linear map or product, as asked, and meets a further test."""
-
-    wanted: bool
-    further: Callable[[Operation], bool] | None
-
-    def __call__(self, op: Operation) -> bool:
-        is_product = op.op_class in (OpClass.LINEAR, OpClass.BILINEAR)
-        return is_product == self.wanted and (self.further is None or self.further(op))
 
 
 def pattern_composite(name: str, rule: PatternSite) -> Composite:

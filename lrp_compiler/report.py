@@ -29,10 +29,11 @@ from lrp_compiler.sites import site_table
 class Report:
     """Coverage, rules, promises, buffers and timings of one kind of call; ``str()`` is a readable page.
 
-    ``coverage`` holds what becomes of every op and node; ``rules`` counts ops per (op, rule); ``promises`` the forward
-    values that relevance reads; ``buffers`` where each is kept; ``specialised`` the inputs whose values the code holds,
-    so that others compile anew; ``sites`` every name that ``at=`` takes; ``conserves`` whether the composite claims
-    that inputs and named sinks make up the output, ``conservation`` what was measured.
+    ``coverage`` holds what becomes of every op and node; ``rules`` counts ops per (op, rule), ``patterns`` recognised
+    groups of ops per kind; ``promises`` the forward values that relevance reads; ``buffers`` where each is kept;
+    ``specialised`` the inputs whose values the code holds, so that others compile anew; ``sites`` every name that
+    ``at=`` takes; ``conserves`` whether the composite claims that inputs and named sinks make up the output,
+    ``conservation`` what was measured.
     """
 
     model: str
@@ -163,7 +164,8 @@ def make_report(
     """Collect the report from the stages of one request."""
     program = explained.program
     live = [node for node in forward_nodes(program) if facts(node).live and node.op == "call_function"]
-    patterns = [pattern for node in live if (pattern := facts(node).pattern) is not None]
+    patterns = [pattern.kind for node in live if (pattern := facts(node).pattern) is not None]
+    structures = [structure.kind for node in forward_nodes(program) for structure in facts(node).structures]
     flowing = [node for node in live if facts(node).flows and facts(node).rule is not None]
     names = explained.explainable_outputs()
     (chosen,) = executable.program.seeds
@@ -182,7 +184,7 @@ def make_report(
         relevance_ops=sum(node.op == "call_function" for node in relevance.nodes),
         rules=dict(sorted(Counter((op_name(node), str(facts(node).rule)) for node in flowing).items())),
         stopped=dict(Counter(op_name(node) for node in live if facts(node).rule is not None and not facts(node).flows)),
-        patterns=dict(Counter(pattern.kind for pattern in patterns)),
+        patterns=dict(Counter([*patterns, *structures])),
         buffers=executable.program.buffers,
         specialised=tuple(spec.target for spec in program.inputs if spec.node in {pin.input for pin in program.pins}),
         coverage=measure_coverage(model, stages, codegen=executable.milliseconds),

@@ -33,6 +33,7 @@ from lrp_compiler.passes.rules.pattern import OnRelevance, PatternAttribution, P
 from lrp_compiler.passes.rules.plain import Epsilon, Plain, Stop
 from lrp_compiler.passes.rules.product import Numerator, Uniform
 from lrp_compiler.passes.rules.recurrent import Recurrent
+from lrp_compiler.passes.rules.routing import ConstantRouter
 from lrp_compiler.passes.rules.scan import SelectiveScan, SignalTakesAll
 from lrp_compiler.passes.rules.signsplit import AlphaBeta, Gamma, ZPlus
 from lrp_compiler.passes.rules.terminal import Flat, WSquare, ZBox
@@ -44,6 +45,7 @@ __all__ = [
     "AttentionValueOnly",
     "BatchNorm",
     "BetaSmooth",
+    "ConstantRouter",
     "DeconvNet",
     "DifferenceRule",
     "Epsilon",

@@ -66,10 +66,12 @@ def _inside_patterns(program: Program, composite: Composite) -> set[str]:
     members: set[str] = set()
     for node in forward_nodes(program):
         pattern = facts(node).pattern
-        if pattern is not None and not composite.patterns:
-            learn(node, pattern=None)
-        elif pattern is not None:
+        if pattern is None:
+            continue
+        if composite.patterns and (pattern.exact_differences or not composite.against_reference):
             members.update(pattern.members)
+        else:
+            learn(node, pattern=None)
     return members
 
 

@@ -77,7 +77,10 @@ class Operation:
 
     @cached_property
     def kwargs(self) -> dict[str, Any]:
-        return {} if self.is_whole_pattern else dict(self.call.kwargs)
+        """Keyword arguments; of a pattern, its numbers."""
+        if self.pattern is not None and self.is_whole_pattern:
+            return dict(self.pattern.numbers)
+        return dict(self.call.kwargs)
 
     @cached_property
     def operands(self) -> tuple[Operand, ...]:

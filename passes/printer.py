@@ -88,6 +88,7 @@ def _comment(node: fx.Node) -> str:
         words.append("live" if known.flows or known.rule is None else "live, stopped")
     if known.pattern is not None:
         words.append(f"{known.pattern.kind} of {', '.join(known.pattern.inputs)}")
+    words += [structure.kind for structure in known.structures]
     if known.rule is not None:
         words.append(f"rule {known.rule}")
     if path := module_path(node):

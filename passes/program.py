@@ -43,7 +43,9 @@ class InputSpec:
 class Pattern:
     """A recognised group of ops that acts as one op: its kind, the nodes it reads and the rest of its data.
 
-    ``form`` is what else the rule of this kind has to know (hashable).
+    ``form`` is what else the rule of this kind has to know (hashable), ``numbers`` what the op takes beside tensors.
+    ``exact_differences`` says whether its rule for differences from a reference run is exact; where it is not, such
+    composites see the ops.
     """
 
     kind: str
@@ -51,6 +53,25 @@ class Pattern:
     saved: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
     form: object = None
+    numbers: tuple[tuple[str, float], ...] = ()
+    exact_differences: bool = True
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A group of ops known for what it is that hides no op from the rules: its kind and which node plays which role.
+
+    Its facts stand at the node that ends it; ``members`` are the others. ``form`` is what else there is to know.
+    """
+
+    kind: str
+    roles: tuple[tuple[str, str], ...]
+    members: tuple[str, ...] = ()
+    form: object = None
+
+    def named(self, role: str) -> str:
+        """The name of the node in a role; KeyError for none."""
+        return dict(self.roles)[role]
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,7 @@ class Facts:
     varies: bool = False
     non_negative: bool = False
     pattern: Pattern | None = None
+    structures: tuple[Structure, ...] = ()
     rule: Rule | None = None
     origin: str = ""
 
@@ -81,6 +103,11 @@ def facts(node: fx.Node) -> Facts:
 def learn(node: fx.Node, **news: Any) -> None:
     """Replace some of the facts of ``node``."""
     node.meta[FACTS] = replace(facts(node), **news)
+
+
+def structure_of(node: fx.Node, kind: str) -> Structure | None:
+    """The structure of this kind that ends at ``node``."""
+    return next((structure for structure in facts(node).structures if structure.kind == kind), None)
 
 
 @dataclass(frozen=True)

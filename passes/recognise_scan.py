@@ -14,9 +14,9 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from lrp_compiler.passes.dataflow import RESHAPES, data_nodes, factors, kin, stripped
+from lrp_compiler.passes.dataflow import RESHAPES, Flow, factors, kin, stripped
 from lrp_compiler.passes.optable import aten_names, op_name
-from lrp_compiler.passes.program import Constant, Pattern, Program, facts, first_argument, learn, tensor_of
+from lrp_compiler.passes.program import Pattern, facts, first_argument, learn, tensor_of
 from lrp_compiler.passes.recurrence import Slice, Step, find_steps, read_at, same, sliced, start_of, unread_outside
 from lrp_compiler.passes.straight_line import OverTime, StraightLine, straight_line
 
@@ -67,12 +67,12 @@ class Signal:
     products: Products
 
 
-def recognise_scans(program: Program) -> None:
+def recognise_scans(flow: Flow) -> None:
     """Mark the stacked readouts of each unrolled linear recurrence as one scan."""
-    steps = find_steps(program.graph)
+    steps = find_steps(flow.program.graph)
     if steps:
-        recogniser = _Recogniser(program, steps)
-        for node in program.graph.nodes:
+        recogniser = _Recogniser(flow, steps)
+        for node in flow.nodes:
             if node.target in (aten.stack.default, aten.cat.default):
                 recogniser.visit(node)
 
@@ -80,12 +80,9 @@ def recognise_scans(program: Program) -> None:
 class _Recogniser:
     """Tries to read stacked values as the readouts of recurrences."""
 
-    def __init__(self, program: Program, steps: dict[fx.Node, Step]) -> None:
+    def __init__(self, flow: Flow, steps: dict[fx.Node, Step]) -> None:
         self.steps = steps
-        self.places = {node: place for place, node in enumerate(program.graph.nodes)}
-        self.data = data_nodes(program)
-        self.outputs = {leaf for leaf in program.outputs if not isinstance(leaf, Constant)}
-        self.outputs |= {mutation.value for mutation in program.mutations}
+        self.places, self.data, self.outputs = flow.places, flow.data, flow.returned
 
     def visit(self, root: fx.Node) -> None:
         """Mark ``root`` if its parts are the readouts of every state in order."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from lrp_compiler.passes.dataflow import (
     CONTRACTIONS,
     RESHAPES,
-    data_nodes,
+    Flow,
     factors,
     float_operands,
     is_movement,
@@ -23,17 +23,16 @@ from lrp_compiler.passes.dataflow import (
     stripped,
 )
 from lrp_compiler.passes.optable import OpClass, aten_names, classify, op_name
-from lrp_compiler.passes.program import Pattern, Program, facts, learn, tensor_of
+from lrp_compiler.passes.program import Pattern, facts, learn, tensor_of
 from lrp_compiler.passes.sizes import at_hints, hints
 
 aten = torch.ops.aten
 SUMS = aten_names("cumsum sum")
 
 
-def recognise_state_products(program: Program) -> None:
+def recognise_state_products(flow: Flow) -> None:
     """Mark the products of chunked state-space models, then those of linear attention."""
-    data = data_nodes(program)
-    nodes = list(program.graph.nodes)
+    data, nodes = flow.data, flow.nodes
     for decays, shared in _decays(nodes, data):
         for anchor in nodes:
             signal = _scaled_by(anchor, shared, decays, data)

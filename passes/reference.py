@@ -20,6 +20,7 @@ from lrp_compiler.passes.errors import OptionValueError
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Program, facts, forward_nodes, is_float
+from lrp_compiler.passes.recognise_norms import NormForm
 from lrp_compiler.passes.reference_linear import LINEAR_FORMULAS, quotient, times
 from lrp_compiler.passes.reference_recurrent import recurrent
 from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
@@ -30,6 +31,7 @@ from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, Softma
 from lrp_compiler.passes.rules.plain import Epsilon, Plain
 from lrp_compiler.passes.rules.product import Numerator, Uniform
 from lrp_compiler.passes.rules.recurrent import Recurrent
+from lrp_compiler.passes.rules.routing import ConstantRouter
 from lrp_compiler.passes.rules.scan import SelectiveScan, SignalTakesAll
 
 Relevances = dict[Operand, Tensor]
@@ -203,6 +205,8 @@ def _numerator(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx
 def _layer_norm(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
     """The ratio rule on y = (x - mean(x)) * constant * w + b."""
     (operand,) = rule.receivers(op)
+    if op.pattern is not None:
+        return {operand: _spelled_layer_norm(op, outputs[0], values[operand.node], values)}
     grouped = op_name(op.node) == "aten::native_group_norm"
     x = values[operand.node].detach().clone().requires_grad_()
     y = values[op.node][0]
@@ -220,6 +224,14 @@ def _layer_norm(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[f
             scaled = normalised if weight is None else normalised * weight
         (grad,) = torch.autograd.grad(scaled, x, quotient(outputs[0], y))
     return {operand: x.detach() * grad}
+
+
+def _spelled_layer_norm(op: Operation, relevance: Tensor, x: Tensor, values: dict[fx.Node, Any]) -> Tensor:
+    """x * (R / u - mean(R / u)) of u = x - mean(x), which the norm's own weight does not change."""
+    assert op.pattern is not None and isinstance(op.pattern.form, NormForm)
+    dims = op.pattern.form.dims
+    ratio = quotient(relevance, x - x.mean(dims, keepdim=True))
+    return x * (ratio - ratio.mean(dims, keepdim=True))
 
 
 def _centred(x: Tensor, dims: list[int], eps: float) -> Tensor:
@@ -343,6 +355,7 @@ FORMULAS: dict[type[Rule], Callable[[Rule, Operation, list[Tensor], dict[fx.Node
     AttentionValueOnly: _attention,
     Gradient: _gradient,
     Recurrent: recurrent,
+    ConstantRouter: _plain,
     SelectiveScan: _scan,
     SignalTakesAll: _plain,
     **LINEAR_FORMULAS,

@@ -6,6 +6,7 @@ although relevance cannot flow to them leave their share in the sink ``held``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from lrp_compiler.passes.optable import OpClass, aten_names, op_name
 from lrp_compiler.passes.program import tensor_of
 from lrp_compiler.passes.rules.attention import KEY, QUERY, VALUE
 from lrp_compiler.passes.rules.base import Edges, Rule, Sinks
-from lrp_compiler.passes.rules.norm import BatchNorm
+from lrp_compiler.passes.rules.norm import BatchNorm, scale_of
 from lrp_compiler.passes.site import Site
 
 aten = torch.ops.aten
@@ -164,9 +165,10 @@ class Rescale(DifferenceRule):
 
 
 def derivative(site: Site, edge: fx.Node, operand: Operand) -> fx.Node:
-    """c f'(x), of a recognised tanh GELU too, whose last op alone would not tell it."""
+    """c f'(x), of recognised activations too, whose last op alone would not tell it."""
     if site.op.pattern is not None:
-        return site.emit(gelu_tanh_gradient, edge, operand.node)  # type: ignore[no-any-return]
+        gradient, numbers = GRADIENTS[site.op.pattern.kind], site.op.kwargs.values()
+        return site.emit(gradient, edge, operand.node, *numbers)  # type: ignore[no-any-return]
     return site.vjp(edge, (operand,))[operand]
 
 
@@ -174,6 +176,15 @@ def gelu_tanh_gradient(c: Tensor, x: Tensor) -> Tensor:
     """c times the derivative of GELU's tanh approximation."""
     made: Tensor = aten.gelu_backward.default(c, x, approximate="tanh")
     return made
+
+
+def softcap_gradient(c: Tensor, x: Tensor, cap: float) -> Tensor:
+    """c times the derivative of cap tanh(x / cap)."""
+    return c * (1 - torch.tanh(x / cap).square())
+
+
+GRADIENTS: dict[str, Callable[..., Tensor]] = {"gelu_tanh": gelu_tanh_gradient, "softcap": softcap_gradient}
+"""The derivatives of recognised activations."""
 
 
 @dataclass(frozen=True)
@@ -242,8 +253,9 @@ class NormDifference(DifferenceRule):
         x, args = pair(site, operand.node), site.op.args
         name = op_name(site.node)
         if site.op.pattern is not None:
-            scale = site.op.nodes[site.op.pattern.saved[0]]
-            return {operand: site.emit(kernels.rms_normalised, edge, *x, *pair(site, scale))}
+            scale, form = scale_of(site)
+            options = (list(form.dims), form.centred, form.divides)
+            return {operand: site.emit(kernels.self_normalised, edge, *x, *pair(site, scale), *options)}
         if name == "aten::native_batch_norm" and not args[5]:
             return BatchNorm().propagate(site, edge)
         scales = pair(site, site.output(2))

@@ -11,6 +11,7 @@ from lrp_compiler.kernels.norm import (
     batch_norm_offset,
     batch_norm_transpose,
     bias_share,
+    centred_norm_transpose,
     channel_bias_share,
     group_norm_transpose,
     layer_norm_transpose,
@@ -21,8 +22,16 @@ from lrp_compiler.kernels.softmax import log_softmax_residual, softmax_residual
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import tensor_of
+from lrp_compiler.passes.recognise_norms import NormForm
 from lrp_compiler.passes.rules.base import Edges, Rule, Sinks
 from lrp_compiler.passes.site import Site
+
+
+def scale_of(site: Site) -> tuple[fx.Node, NormForm]:
+    """What a recognised norm multiplies or divides by, and its form."""
+    pattern = site.op.pattern
+    assert pattern is not None and isinstance(pattern.form, NormForm)
+    return site.op.nodes[pattern.saved[0]], pattern.form
 
 
 class _OnInput(Rule):
@@ -42,6 +51,11 @@ class LayerNorm(_OnInput):
     name: ClassVar[str] = "layer_norm"
 
     def propagate(self, site: Site, edge: Any) -> Edges:
+        if site.op.pattern is not None:
+            scale, form = scale_of(site)
+            dtype = tensor_of(site.op.args[0]).dtype
+            made = site.emit(centred_norm_transpose, edge, scale, form.divides, dtype, form.dims)
+            return dict.fromkeys(self.receivers(site.op), made)
         args = site.op.args
         rstd = site.output(2)
         if op_name(site.node) == "aten::native_group_norm":
@@ -51,6 +65,8 @@ class LayerNorm(_OnInput):
         return dict.fromkeys(self.receivers(site.op), made)
 
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
+        if site.op.pattern is not None:
+            return {}
         grouped = op_name(site.node) == "aten::native_group_norm"
         bias = site.op.args[2 if grouped else 3]
         if bias is None:
@@ -67,9 +83,8 @@ class RMSNorm(_OnInput):
     name: ClassVar[str] = "rms_norm"
 
     def propagate(self, site: Site, edge: Any) -> Edges:
-        pattern = site.op.pattern
-        assert pattern is not None
-        made = site.emit(rms_norm_transpose, edge, site.op.nodes[pattern.saved[0]])
+        scale, form = scale_of(site)
+        made = site.emit(rms_norm_transpose, edge, scale, form.divides, tensor_of(site.op.args[0]).dtype)
         return dict.fromkeys(self.receivers(site.op), made)
 
 

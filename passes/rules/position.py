@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from lrp_compiler.kernels.linear import masked_product
 from lrp_compiler.passes.operation import DATA_OF_A_VALUE, Operand, Operation
 from lrp_compiler.passes.optable import OpClass, aten_names, classify, op_name
-from lrp_compiler.passes.program import facts, first_argument, tensor_of
+from lrp_compiler.passes.program import facts, first_argument, structure_of, tensor_of
+from lrp_compiler.passes.recognise_rotary import RotaryForm
 from lrp_compiler.passes.rules.base import Edges, Rule, Sinks
 from lrp_compiler.passes.rules.plain import Plain
 from lrp_compiler.passes.site import Site
@@ -46,9 +47,9 @@ class RotaryHalf(Rule):
         return site.vjp(site.scale(edge, 0.5), self.receivers(site.op))
 
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
-        factor = _rotation_of(site.op.flowing[0].node)
-        assert factor is not None
-        return {POSITION: site.emit(rotary_share, edge, site.node, _token_dim(factor[1]))}
+        structure = structure_of(site.node, "rotary")
+        assert structure is not None and isinstance(structure.form, RotaryForm)
+        return {POSITION: site.emit(rotary_share, edge, site.node, structure.form.token_dim)}
 
 
 @dataclass(frozen=True)
@@ -63,27 +64,12 @@ class PositionAdd(Plain):
 
 
 def is_rotary(op: Operation) -> bool:
-    """Whether a sum is x cos + rotated(x) sin: one value, moved within itself, times two constants."""
-    if op.op_class is not OpClass.ADD or len(op.flowing) != 2:
+    """Whether an op ends a rotation of a value by constants."""
+    structure = structure_of(op.node, "rotary")
+    if structure is None:
         return False
-    parts = [_rotation_of(operand.node) for operand in op.flowing]
-    if parts[0] is None or parts[1] is None:
-        return False
-    origins = [_origins(part[0]) for part in parts if part is not None]
-    return len(origins[0] | origins[1]) == 1
-
-
-def _rotation_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(value, constant) of a product with a constant that changes along its last two dimensions."""
-    entry = classify(node) if node.op == "call_function" else None
-    if entry is None or entry.op_class is not OpClass.MULTIPLY:
-        return None
-    values = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    if len(values) != 2 or sum(facts(value).live for value in values) != 1:
-        return None
-    value, constant = sorted(values, key=lambda arg: not facts(arg).live)
-    shape = tensor_of(constant).shape
-    return (value, constant) if len(shape) >= 2 and shape[-1] > 1 else None
+    factors = [op.nodes[name] for role, name in structure.roles if role != "value"]
+    return not any(facts(factor).live for factor in factors)
 
 
 def _origins(node: fx.Node) -> set[fx.Node]:
@@ -100,13 +86,6 @@ CUTS = aten_names(
     "cat stack slice select split split_with_sizes chunk unbind flatten view reshape unsqueeze squeeze"
 ) | {"builtin::getitem"}
 """Movement within a value that rotations are written with."""
-
-
-def _token_dim(constant: fx.Node) -> int:
-    """The dimension that positions run along: the last one before the features along which ``constant`` changes."""
-    shape = tensor_of(constant).shape
-    changing = [dim for dim in range(1 - len(shape), 0) if dim != -1 and shape[dim] > 1]
-    return changing[-1] if changing else -2
 
 
 def adds_position(op: Operation) -> bool:
