@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.passes.errors import DataDependentShapeError, user_source
+from lrp_compiler.passes.errors import CaptureError, DataDependentShapeError, user_source
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Pin, Program, graph_inputs, is_float, value_of
 
 READERS = frozenset({torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default})
@@ -39,11 +39,10 @@ def pin(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: dict[
             read.add(ancestor.name)
             if ancestor.name not in found:
                 found[ancestor.name] = _computed(ancestor, found)
-    _fold(program, {node: found[node.name] for node in wanted})
+    numbers = _folded(program, {node: found[node.name] for node in wanted})
     _check_shapes(program.graph)
     pins = [Pin(spec.node, values[spec.node].clone()) for spec in program.inputs if _is_pinned(spec, read)]
-    known = {node.name: Constant(found[node.name]) for node in wanted}
-    outputs = tuple(leaf if isinstance(leaf, Constant) else known.get(leaf, leaf) for leaf in program.outputs)
+    outputs = tuple(leaf if isinstance(leaf, Constant) else numbers.get(leaf, leaf) for leaf in program.outputs)
     return program.having(pins=tuple(pins), outputs=outputs)
 
 
@@ -64,10 +63,11 @@ def _shaping_reads(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _integer_arguments(user: fx.Node) -> Iterator[fx.Node]:
-    """The symbolic integers among the arguments of an ATen op that are not numbers to compute with."""
+    """The symbolic integers among the arguments of an ATen op that are not just numbers to compute with."""
     schema = getattr(user.target, "_schema", None)
+    shapes = _has_unknown_shape(user)
     for position, argument in enumerate(schema.arguments if schema is not None else ()):
-        if "int" in str(argument.type):
+        if shapes or "int" in str(argument.type):
             given = user.args[position] if position < len(user.args) else user.kwargs.get(argument.name)
             for leaf in pytree.tree_leaves(given):
                 if isinstance(leaf, fx.Node) and isinstance(value_of(leaf), torch.SymInt):
@@ -119,31 +119,47 @@ def _computed(node: fx.Node, found: dict[str, Any]) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _fold(program: Program, numbers: dict[fx.Node, Any]) -> None:
-    """Put the numbers in place of the nodes that read them, and work out anew what depends on them."""
+def _folded(program: Program, numbers: dict[fx.Node, Any]) -> dict[str, Constant]:
+    """Put numbers in place of the nodes that read them, and work out anew what depends on them.
+
+    Returns all nodes that have become numbers, by name.
+    """
+    numbers = dict(numbers)
+    renewed: set[fx.Node] = set(numbers)
     for node in program.graph.nodes:
-        node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda given: numbers.get(given, given))
-        if node.op != "call_function" or node in numbers or not _is_symbolic(node):
+        if node in numbers or renewed.isdisjoint(node.all_input_nodes):
             continue
-        with program.fake_mode, torch.no_grad():
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-            node.meta["val"] = node.target(*args, **kwargs)
-        if isinstance(node.meta["val"], (int, float)):
-            numbers[node] = node.meta["val"]
+        renewed.add(node)
+        node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda given: numbers.get(given, given))
+        if node.op != "output":
+            node.meta["val"] = _fake_result(program, node)
+            if isinstance(node.meta["val"], (int, float)):
+                numbers[node] = node.meta["val"]
     program.graph.eliminate_dead_code()
+    return {node.name: Constant(number) for node, number in numbers.items()}
 
 
-def _is_symbolic(node: fx.Node) -> bool:
-    """Whether the value or shape of ``node`` depends on data."""
+def _fake_result(program: Program, node: fx.Node) -> Any:
+    """What ``node`` returns on fake values; raises CaptureError where the numbers do not fit it."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    try:
+        with program.fake_mode, torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, ValueError, IndexError) as error:
+        cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise CaptureError(model="the model", cause=cause, source=user_source(node)) from error
+
+
+def _has_unknown_shape(node: fx.Node) -> bool:
+    """Whether the shape of what ``node`` returns depends on data."""
     leaves = pytree.tree_leaves(node.meta.get("val"))
-    return any(isinstance(leaf, (torch.Tensor, torch.SymInt)) and bool(free_unbacked_symbols(leaf)) for leaf in leaves)
+    return any(isinstance(leaf, torch.Tensor) and bool(free_unbacked_symbols(leaf)) for leaf in leaves)
 
 
 def _check_shapes(graph: fx.Graph) -> None:
     """Refuse a tensor whose shape is still unknown."""
     for node in graph.nodes:
-        tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
-        if any(free_unbacked_symbols(tensor) for tensor in tensors):
+        if _has_unknown_shape(node):
             name = str(getattr(node.target, "_schema", node.target)).partition("(")[0]
             cause = "it depends on the values of its arguments"
             raise DataDependentShapeError(what=f"the shape that {name} returns", cause=cause, source=user_source(node))

@@ -57,7 +57,11 @@ def written(model: Program, x: Tensor, n: Tensor) -> Tensor:
     return (y * model.weight).sum(1)
 
 
-PROGRAMS = (prefix, largest, place, pieces, resized, written)
+def counted(model: Program, x: Tensor, n: Tensor) -> Tensor:
+    return (x * model.weight * torch.arange(n[0].item(), n[0].item() + 6)).sum(1)
+
+
+PROGRAMS = (prefix, largest, place, pieces, resized, written, counted)
 X = torch.linspace(-2, 2, 12).reshape(2, 6)
 FIRST, SECOND = torch.tensor([2, 4]), torch.tensor([5, 1])
 
@@ -99,6 +103,20 @@ def test_a_size_from_a_buffer_follows_the_buffer() -> None:
     for count in (3, 5, 3):
         model.count.fill_(count)
         assert torch.equal(explained(X, FIRST), X[:, :count].sum(1))
+
+
+def test_numbers_that_are_returned_are_those_of_the_call() -> None:
+    model = Program(lambda self, x, n: (x[:, : n[0].item()].sum(1), n[0].item() + 1))  # type: ignore[arg-type]
+    explained = compile_for_lrp(model, "epsilon")
+    for n in (FIRST, SECOND, FIRST):
+        (ours, number), (theirs, expected) = explained(X, n), model(X, n)
+        assert torch.equal(ours, theirs) and number == expected
+
+
+def test_values_that_do_not_fit_are_refused_with_their_line() -> None:
+    explained = compile_for_lrp(Program(pieces))
+    with pytest.raises(errors.CaptureError, match="split_sizes to sum exactly to 6"):
+        explained(X, torch.tensor([2, 3]))
 
 
 def test_values_that_shape_nothing_are_not_pinned() -> None:
