@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lrp_compiler.kernels.linear import relevance_of
 from lrp_compiler.module import LRPModule
 from lrp_compiler.passes.errors import OptionValueError, SiteWithoutRelevanceError
 from lrp_compiler.seeds import Target
@@ -83,7 +84,7 @@ def patch_edge_effects(
 
 def _effect(difference: Tensor, c: Tensor, reduce: Reduction) -> Tensor:
     """The product, summed over hidden units in float32 or wider if asked."""
-    product = difference * c
+    product = relevance_of(c, difference)
     if reduce == "none":
         return product
     return product.sum(-1, dtype=torch.promote_types(product.dtype, torch.float32))

@@ -66,7 +66,7 @@ def _mark_non_negative(program: Program) -> None:
     """Mark values no element of which can be negative: rectified ones, and what keeps the sign of those."""
     known: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or is_complex(node):
             continue
         name = op_name(node)
         floats = [operand for operand in node.all_input_nodes if carries_float(operand)]
@@ -74,7 +74,7 @@ def _mark_non_negative(program: Program) -> None:
         keeps = name in SIGN_KEEPERS or node.target is operator.getitem
         numbers.append(node.kwargs.get("alpha", 1))
         kept = keeps and floats and all(operand in known for operand in floats) and all(n >= 0 for n in numbers)
-        if (name in RECTIFIERS and not is_complex(node)) or kept:
+        if name in RECTIFIERS or kept:
             known.add(node)
             learn(node, non_negative=True)
 

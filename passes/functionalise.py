@@ -142,7 +142,10 @@ class _Functionaliser:
     def reshape(self, node: fx.Node, target: fx.Node) -> None:
         """Let ``target`` be seen as ``node`` leaves it from here on."""
         self.parent[node] = target
-        self.reshaped.add(self.root(target))
+        root = self.root(target)
+        if root.op == "placeholder":
+            self.refuse(node, "it changes the shape of an input, parameter or buffer")
+        self.reshaped.add(root)
         name = str(node.target._schema.name).removeprefix("aten::").removesuffix("_")  # type: ignore[union-attr]
         overload = node.target._schema.overload_name or next(iter(getattr(aten, name).overloads()))  # type: ignore[union-attr]
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)

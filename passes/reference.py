@@ -110,9 +110,7 @@ def _outputs_of(node: fx.Node, values: dict[fx.Node, Any], arriving: dict[Any, T
     if not any((node, index) in arriving for index in range(len(outputs))):
         return None
     return [
-        arriving.get((node, index), torch.zeros_like(value.real))
-        for index, value in enumerate(outputs)
-        if is_float(value)
+        arriving.get((node, index), torch.zeros_like(value)) for index, value in enumerate(outputs) if is_float(value)
     ]
 
 

@@ -74,7 +74,7 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.embedded, self.head = Embedded(), nn.Linear(WIDTH, VOCABULARY)
         layer = nn.TransformerDecoderLayer(WIDTH, HEADS, 2 * WIDTH, batch_first=True)
-        self.decoder = nn.TransformerDecoder(layer, 2, norm=nn.LayerNorm(WIDTH))
+        self.decoder = nn.TransformerDecoder(layer, 1, norm=nn.LayerNorm(WIDTH))
 
     def forward(self, ids: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         causal = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
@@ -142,7 +142,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.words = nn.Embedding(VOCABULARY, WIDTH)
         self.recurrent = cell(WIDTH, WIDTH, batch_first=True, **options)
-        self.head = nn.LazyLinear(CLASSES)
+        self.head = nn.Linear(WIDTH * (1 + self.recurrent.bidirectional), CLASSES)
 
     def forward(self, ids: Tensor) -> Tensor:
         outputs, _ = self.recurrent(self.words(ids))
@@ -150,15 +150,11 @@ class Recurrent(nn.Module):
 
 
 def lstm() -> Call:
-    model, ids = Recurrent(nn.LSTM, num_layers=2, bidirectional=True), tokens()
-    model(ids)
-    return Call(model, (), {"ids": ids})
+    return Call(Recurrent(nn.LSTM, num_layers=2, bidirectional=True), (), {"ids": tokens()})
 
 
 def gru() -> Call:
-    model, ids = Recurrent(nn.GRU, num_layers=2), tokens()
-    model(ids)
-    return Call(model, (), {"ids": ids})
+    return Call(Recurrent(nn.GRU, num_layers=2), (), {"ids": tokens()})
 
 
 # --- convolution --------------------------------------------------------------------------------------------

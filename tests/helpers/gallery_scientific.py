@@ -92,6 +92,44 @@ def deeponet() -> Call:
     return Call(DeepONet(), (torch.randn(2, 10), torch.randn(2, 7, 2)))
 
 
+class ComplexNetwork(nn.Module):
+    """Complex dense layers on a signal's spectrum with an activation on sizes, modReLU (Trabelsi et al., 2018)."""
+
+    def __init__(self, size: int = 8, width: int = 6) -> None:
+        super().__init__()
+        self.inward = nn.Parameter(torch.randn(width, size, dtype=torch.cfloat) / size)
+        self.outward = nn.Parameter(torch.randn(4, width, dtype=torch.cfloat) / width)
+        self.threshold = nn.Parameter(torch.zeros(width))
+
+    def forward(self, signal: Tensor) -> Tensor:
+        z = F.linear(torch.fft.fft(signal), self.inward)
+        size = z.abs()
+        z = z / (size + 1e-6) * torch.relu(size + self.threshold)
+        return F.linear(z, self.outward).abs()
+
+
+def complex_network() -> Call:
+    return Call(ComplexNetwork(), (torch.randn(2, 8),))
+
+
+class SpectrogramClassifier(nn.Module):
+    """A log power spectrogram under a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(16))
+        self.conv, self.head = nn.Conv1d(9, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, wave: Tensor) -> Tensor:
+        spectrum = torch.stft(wave, 16, 8, window=self.window, return_complex=True)
+        bands = torch.log1p(spectrum.abs().square())
+        return self.head(torch.relu(self.conv(bands)).mean(-1))
+
+
+def spectrogram_classifier() -> Call:
+    return Call(SpectrogramClassifier(), (torch.randn(2, 64),))
+
+
 # --- functions of coordinates -------------------------------------------------------------------------------
 
 
@@ -315,6 +353,8 @@ def graph_attention() -> Call:
 ENTRIES = {
     "fourier_operator_1d": Entry(fourier_operator_1d, (5, 0), ("field",)),
     "fourier_operator_2d": Entry(fourier_operator_2d, (5, 2, 0), ("field",)),
+    "complex_network": Entry(complex_network, 1, ("signal",)),
+    "spectrogram_classifier": Entry(spectrogram_classifier, 1, ("wave",)),
     "deeponet": Entry(deeponet, 3, ("function", "points")),
     "siren": Entry(siren, (4, 1), ("input",)),
     "kan": Entry(kan, 1, ("input",)),

@@ -144,6 +144,11 @@ def test_a_write_after_reshaping_in_place_is_refused() -> None:
         compile_for_lrp(Program(written_late))(torch.randn(4, 6))
 
 
+def test_an_input_reshaped_in_place_is_refused() -> None:
+    with pytest.raises(errors.UnsupportedMutationError, match="the shape of an input"):
+        compile_for_lrp(Program(lambda x: x.t_() * 2))(torch.randn(4, 6))
+
+
 def test_a_write_that_cannot_be_followed_is_refused() -> None:
     def piecewise(x: Tensor) -> Tensor:
         y = x.clone()

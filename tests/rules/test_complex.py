@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrp_compiler import compile_for_lrp, composites, errors, rules
+from lrp_compiler import compile_for_lrp, composites, errors, patch_effects, rules
 
 TOLERANCE = 1e-10
 """Of the largest expected relevance, in float64."""
@@ -317,6 +317,16 @@ def test_a_seed_of_one_explains_the_real_part_and_of_i_the_imaginary() -> None:
         tape.relevance(lambda out: out[:, 2])
     with pytest.raises(errors.TargetError, match="a complex seed is for a complex output"):
         compile_for_lrp(Op(torch.abs), "attnlrp").run(z)[1].relevance(seed)
+
+
+def test_patching_a_spectrum_of_a_linear_model_changes_the_metric_by_its_effects() -> None:
+    spectrum, back = Op(torch.fft.rfft), Op(lambda z: torch.fft.irfft(z, n=8))
+    model = nn.Sequential(spectrum, back)
+    clean, corrupted = torch.randn(1, 8), torch.randn(1, 8)
+    effects = patch_effects(
+        compile_for_lrp(model, "attnlrp"), clean, corrupted, lambda out: out[:, 3], ["0"], reduce="none"
+    )
+    assert effects["0"].sum().item() == pytest.approx((clean - corrupted)[0, 3].item())
 
 
 def test_composites_split_real_maps_by_sign_and_give_complex_ones_epsilon() -> None:
