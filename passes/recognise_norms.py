@@ -190,7 +190,7 @@ class _Sweep:
         if statistic.gain or value not in self.flow.data:
             return False
         centring, other = self.centring(value, statistic), self.centring(statistic.of, statistic)
-        fits = self.core(value) is uncast(statistic.of) or (
+        fits = uncast(statistic.of) in self.without_constants(value) or (
             centring is not None and other is not None and uncast(centring.of) is uncast(other.of)
         )
         if statistic.centred:
@@ -202,18 +202,18 @@ class _Sweep:
 
     def centring(self, value: fx.Node, statistic: Statistic) -> Statistic | None:
         """The mean subtracted in ``value``, taken over the dimensions of ``statistic``."""
-        mean = self.centred.get(self.core(value))
-        return mean if mean is not None and mean.dims == statistic.dims else None
+        means = [self.centred[form] for form in self.without_constants(value) if form in self.centred]
+        return next((mean for mean in means if mean.dims == statistic.dims), None)
 
-    def core(self, value: fx.Node) -> fx.Node:
-        """``value`` before it was cast or multiplied by a constant such as the norm's weight."""
-        value = uncast(value)
-        while op_name(value) == "aten::mul" and value not in self.squares and not value.kwargs:
-            varying = [factor for factor in value.all_input_nodes if factor in self.flow.data]
+    def without_constants(self, value: fx.Node) -> list[fx.Node]:
+        """``value`` before it was cast, and before it was multiplied by each constant such as the norm's weight."""
+        forms = [uncast(value)]
+        while op_name(forms[-1]) == "aten::mul" and forms[-1] not in self.squares and not forms[-1].kwargs:
+            varying = [factor for factor in forms[-1].all_input_nodes if factor in self.flow.data]
             if len(varying) != 1 or tensor_of(varying[0]).shape != tensor_of(value).shape:
                 break
-            value = uncast(varying[0])
-        return value
+            forms.append(uncast(varying[0]))
+        return forms
 
     def mark(self, node: fx.Node, value: fx.Node, scale: fx.Node, statistic: Statistic) -> None:
         divides = op_name(node) == "aten::div"
@@ -226,7 +226,8 @@ class _Sweep:
             if value.name in within and uncast(value) is value:
                 kind, source, members = "layer_norm", value.args[0], within  # type: ignore[assignment]
         form = NormForm(statistic.dims, divides, kind == "layer_norm")
-        exact = statistic.exact and math.isclose(statistic.factor, 1.0) and self.core(value) is uncast(value)
+        of_itself = kind == "layer_norm" or uncast(value) is uncast(statistic.of)
+        exact = of_itself and statistic.exact and math.isclose(statistic.factor, 1.0)
         pattern = Pattern(kind, (source.name,), (scale.name,), members, form, exact_differences=exact)
         learn(node, pattern=pattern)
 

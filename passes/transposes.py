@@ -140,7 +140,8 @@ def _addend(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
 def _factor(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
     """c times the other factor, where nothing was broadcast into this one."""
     one, edged = tensor_of(receiver.node), tensor_of(edge)
-    if one.shape != edged.shape or one.dtype != edged.dtype or edged.is_complex():
+    # Of complex factors torch's derivative takes the conjugate.
+    if one.shape != edged.shape or one.dtype != edged.dtype or one.is_complex():
         return None
     other = site.op.args[1 - int(receiver.argument)]
     return site.emitter.call(aten.mul.Tensor, edge, other)

@@ -46,6 +46,10 @@ def both_last_dims(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean((-2, -1), keepdim=True) + EPS)
 
 
+def times_rsqrt(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(mean_square(x) + EPS)
+
+
 def with_casts(x: Tensor) -> Tensor:
     wide = x.to(torch.float64)
     return (wide * torch.rsqrt(mean_square(wide) + EPS)).to(x.dtype)
@@ -72,6 +76,7 @@ EXACT: dict[str, Spelling] = {
     "functional": functional_rms_norm,
     "squeezed": squeezed,
     "both_last_dims": both_last_dims,
+    "of_one_scaled_value": lambda x: times_rsqrt(2.0 * x * OTHER),
 }
 APPROXIMATE: dict[str, Spelling] = {
     "epsilon_outside": lambda x: x / (mean_square(x).sqrt() + EPS),
