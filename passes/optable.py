@@ -110,7 +110,7 @@ OP_TABLE: dict[str, OpEntry] = {
         " index index_select gather masked_select take scatter scatter_add index_add index_put index_copy masked_fill"
         " masked_scatter where pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d"
         " replication_pad2d diagonal diag_embed tril triu select_scatter slice_scatter diagonal_scatter movedim"
-        " swapaxes pixel_shuffle pixel_unshuffle unsafe_split copy real imag view_as_real view_as_complex",
+        " swapaxes pixel_shuffle pixel_unshuffle unsafe_split copy real imag view_as_real view_as_complex nan_to_num",
     ),
     **_entries(
         OpClass.REDUCTION,

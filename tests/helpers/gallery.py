@@ -63,14 +63,15 @@ class InDouble(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:
             func = Tensor.double
-        args, kwargs = pytree.tree_map(_widened, (args, kwargs or {}))
+        args = tuple(_widened(argument) for argument in args)
+        kwargs = {name: _widened(argument) for name, argument in (kwargs or {}).items()}
         if func is torch.tensor and isinstance(args[0], float):
             kwargs = {"dtype": torch.float64, **kwargs}
         return func(*args, **kwargs)
 
 
-def _widened(leaf: Any) -> Any:
-    return torch.float64 if leaf is torch.float32 else leaf
+def _widened(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument
 
 
 def made(entry: Entry, *, double: bool = False) -> Call:
