@@ -114,7 +114,7 @@ OP_TABLE: dict[str, OpEntry] = {
         " replication_pad2d diagonal diag_embed tril triu select_scatter slice_scatter diagonal_scatter movedim"
         " swapaxes pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle max_unpool2d max_unpool3d"
         " _unsafe_index unsafe_split copy real imag view_as_real view_as_complex complex conj _conj conj_physical"
-        " resolve_conj _neg_view resolve_neg unfold_backward",
+        " resolve_conj _neg_view resolve_neg unfold_backward nan_to_num",
     ),
     **_entries(
         OpClass.REDUCTION,

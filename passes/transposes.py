@@ -21,6 +21,7 @@ from lrp_compiler.kernels.linear import (
     matmul_right,
 )
 from lrp_compiler.kernels.pooling import max_pool_transpose
+from lrp_compiler.kernels.softmax import softmax_transpose
 from lrp_compiler.passes.optable import GROUPED_PRODUCT, OP_TABLE, OpClass, op_name
 from lrp_compiler.passes.program import tensor_of
 from lrp_compiler.passes.recurrent import carried, recurrent_edges
@@ -162,6 +163,14 @@ def _complex_to_complex(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node
     return site.emitter.call(aten._fft_c2c.default, edge, dims, normalisation, not forward)
 
 
+def _softmax(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    if site.op.is_moved or tensor_of(edge).dtype != tensor_of(site.node).dtype:
+        return None
+    made = site.emit(softmax_transpose, edge, site.node, site.op.args[1])
+    dtype = tensor_of(receiver.node).dtype
+    return made if tensor_of(made).dtype == dtype else site.emitter.call(aten.to.dtype, made, dtype)
+
+
 def _recurrent(site: Site, edge: Any, receiver: Operand) -> fx.Node | None:
     if receiver not in carried(site.op):
         return None
@@ -204,6 +213,7 @@ TRANSPOSES: dict[str, Transpose] = {
     "aten::_fft_c2c": _complex_to_complex,
     "aten::max_pool2d_with_indices": _max_pool(2),
     "aten::max_pool3d_with_indices": _max_pool(3),
+    **dict.fromkeys(("aten::softmax", "aten::_softmax", "aten::_safe_softmax"), _softmax),
     **{name: _recurrent for name, entry in OP_TABLE.items() if entry.op_class is OpClass.RECURRENT},
 }
 """ATen op -> its transpose for one operand."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.kernels.linear import relevance_of
+from lrp_compiler.kernels.linear import masked_product
 from lrp_compiler.passes.program import is_float
 
 
@@ -68,4 +68,4 @@ def linear_remainder(target: Any, args: Any, kwargs: Any, leaves: tuple[int, ...
     # The transpose of u -> J^T u, applied to x, is J x; forward-mode formulas are missing for too many ops.
     _, transposed, *_ = torch.func.vjp(pull, torch.zeros_like(result))
     (linear,) = transposed(directions)
-    return relevance_of(c, result - linear)
+    return masked_product(c, result - linear)

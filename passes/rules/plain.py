@@ -49,7 +49,8 @@ class Plain(Rule):
         op = site.op
         if op.op_class in (OpClass.LINEAR, OpClass.BILINEAR):
             return bias_sink(site, edge)
-        if op.op_class is OpClass.SELECTION and (op.constants() or op_name(op.node) == "aten::logsumexp"):
+        with_constants = op.op_class is OpClass.SELECTION and bool(op.constants())
+        if with_constants or op_name(op.node) in ("aten::logsumexp", "aten::nan_to_num"):
             return {"constant": site.remainder(edge, edges)}
         adds_constant = op.op_class is OpClass.ADD and len(op.flowing) < _addends(op)
         if not adds_constant and op_name(op.node) not in WITH_CONSTANTS:

@@ -65,7 +65,8 @@ class InDouble(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:
             func = Tensor.double
-        args, kwargs = pytree.tree_map(_widened, (args, kwargs or {}))
+        args = tuple(_widened(argument) for argument in args)
+        kwargs = {name: _widened(argument) for name, argument in (kwargs or {}).items()}
         if func is torch.tensor and isinstance(args[0], float):
             kwargs = {"dtype": torch.float64, **kwargs}
         return func(*args, **kwargs)

@@ -18,7 +18,7 @@ def mixtral(experts: str | None = None) -> Call:
 
 def qwen3_moe() -> Call:
     routing = {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "norm_topk_prob": True}
-    config = transformers.Qwen3MoeConfig(**modern(**routing, mlp_only_layers=[0]))
+    config = transformers.Qwen3MoeConfig(**modern(**routing, num_hidden_layers=1))
     return generator(transformers.Qwen3MoeForCausalLM, config)
 
 
@@ -61,7 +61,7 @@ class LowRank(nn.Module):
 
 def lora() -> Call:
     """A decoder with tied embeddings whose query and value projections are adapted."""
-    config = transformers.LlamaConfig(**modern(tie_word_embeddings=True))
+    config = transformers.LlamaConfig(**modern(tie_word_embeddings=True, num_hidden_layers=1))
     call = generator(transformers.LlamaForCausalLM, config)
     for layer in call.model.model.layers:
         layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)

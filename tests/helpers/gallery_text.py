@@ -56,7 +56,7 @@ def modern(**more: Any) -> dict[str, Any]:
     return {**shared, **SPECIAL, **more}
 
 
-def llama(attention: str | None = None, *, left: bool = False) -> Call:
+def llama(attention: str | None = None, *, left: bool = False, layers: int = 2) -> Call:
     scaling = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -65,7 +65,7 @@ def llama(attention: str | None = None, *, left: bool = False) -> Call:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     }
-    config = transformers.LlamaConfig(**modern(rope_parameters=scaling, tie_word_embeddings=True))
+    config = transformers.LlamaConfig(**modern(rope_parameters=scaling, num_hidden_layers=layers))
     return generator(transformers.LlamaForCausalLM, config, attention=attention, left=left)
 
 
@@ -110,9 +110,9 @@ def padded_left(build: Any) -> Entry:
 ENTRIES = {
     "gpt2": decoder(gpt2),
     "llama": decoder(llama),
-    "llama_eager": decoder(functools.partial(llama, "eager")),
+    "llama_eager": decoder(functools.partial(llama, "eager", layers=1)),
     "llama_padded_left": padded_left(llama),
-    "llama_eager_padded_left": padded_left(functools.partial(llama, "eager")),
+    "llama_eager_padded_left": padded_left(functools.partial(llama, "eager", layers=1)),
     "qwen3": decoder(qwen3),
     "gemma3": decoder(gemma3),
     "gemma2": decoder(gemma2),
