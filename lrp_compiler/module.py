@@ -23,6 +23,7 @@ from lrp_compiler.report import Report, make_report, measured_conservation
 from lrp_compiler.seeds import Predicted, Target
 from lrp_compiler.sites import SiteRef, resolve_sites
 from lrp_compiler.tape import Names, Tape
+from lrp_compiler.weightless import require_values, without_values
 
 
 class LRPModule(nn.Module):
@@ -136,11 +137,12 @@ class LRPModule(nn.Module):
         ``baselines`` are the inputs of the reference run that ``deep_lift`` explains the difference from: a number or
         a tensor that broadcasts to the attributed input, or a dict of those by input name; None is zeros. Token ids
         need ids. Inputs that are neither attributed nor named keep their value. The reference run repeats this run's
-        random numbers and updates no buffers. Raises BaselineError.
+        random numbers and updates no buffers. Raises BaselineError, and NoValuesError for meta and fake tensors.
         """
         kwargs = dict(sorted(kwargs.items()))
         explained = self.explained_call(args, kwargs, wrt, named_inputs(baselines))
         inputs = graph_inputs(explained.program, self._model, args, kwargs)
+        require_values(explained.program, inputs)
         reference = reference_inputs(explained.program, inputs, baselines)
         request = default_request(explained, at, self._options)
         tape = Tape(self._model, self._compiler, explained, request)
@@ -188,14 +190,18 @@ class LRPModule(nn.Module):
         """What the compiler made of this kind of call: coverage, rules, promises, buffers, timings, sites.
 
         How far relevance is conserved is measured for ``target``, and for a composite that does not claim to conserve
-        also without one, at each sample's largest output.
+        also without one, at each sample's largest output. A model on the meta device or of fake tensors is compiled
+        as any other, so that a full-size network needs no memory; nothing is measured of it.
         """
-        explained = self.explained_call(args, dict(sorted(kwargs.items())), wrt)
+        kwargs = dict(sorted(kwargs.items()))
+        explained = self.explained_call(args, kwargs, wrt)
         request = default_request(explained, None, self._options)
         stages, executable = self._compiler.emitted(explained, request)
         assert explained.program.composite is not None
         conservation = None
-        if target is not None or not explained.program.composite.conserves:
+        inputs = graph_inputs(explained.program, self._model, args, kwargs)
+        asked = target is not None or not explained.program.composite.conserves
+        if asked and without_values(explained.program, inputs) is None:
             with torch.no_grad():
                 _, tape = self.run(*args, wrt=wrt, **kwargs)
             conservation = measured_conservation(tape.ledger(Predicted() if target is None else target))
