@@ -9,6 +9,7 @@ from typing import Any
 from lrp_compiler.compiled import ExplainedCall
 from lrp_compiler.ledger import Ledger
 from lrp_compiler.passes.codegen import Executable
+from lrp_compiler.passes.demand import demands
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import Buffer, BufferKind, facts, forward_nodes
@@ -20,8 +21,10 @@ class Report:
     """Coverage, rules, promises, buffers and timings of one kind of call; ``str()`` is a readable page.
 
     ``rules`` counts ops per (op, rule); ``promises`` the forward values that relevance reads; ``buffers`` where each
-    is kept; ``sites`` every name that ``at=`` takes; ``conserves`` whether the composite claims that inputs and named
-    sinks make up the output, ``conservation`` what was measured of it.
+    is kept; ``demanded`` the values beyond those that autograd keeps which propagating relevance itself would ask for
+    (``passes/demand.py``), ``still_demanded`` those of them that propagating coefficients reads as well; ``sites``
+    every name that ``at=`` takes; ``conserves`` whether the composite claims that inputs and named sinks make up the
+    output, ``conservation`` what was measured of it.
     """
 
     model: str
@@ -38,6 +41,8 @@ class Report:
     patterns: dict[str, int]
     conversions: tuple[str, ...]
     buffers: tuple[Buffer, ...]
+    demanded: int
+    still_demanded: int
     milliseconds: dict[str, float]
     sites: tuple[str, ...]
     conserves: bool
@@ -136,6 +141,8 @@ def make_report(
     relevance = executable.program.relevance_graph
     composite = program.composite
     assert composite is not None and relevance is not None
+    demanded = [(demand.op, demand.value) for demand in demands(program)]
+    read = {(reader, buffer.name) for buffer in executable.program.buffers for reader in buffer.readers}
     return Report(
         model=model,
         composite=composite.name,
@@ -151,6 +158,8 @@ def make_report(
         patterns=dict(Counter(pattern.kind for pattern in patterns)),
         conversions=executable.program.conversions,
         buffers=executable.program.buffers,
+        demanded=len(demanded),
+        still_demanded=sum(pair in read for pair in demanded),
         milliseconds={stage.name: stage.milliseconds for stage in stages},
         sites=tuple(site_table(program)),
         conserves=composite.conserves,
