@@ -21,7 +21,7 @@ from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.recording import write_back
 from lrp_compiler.report import Report, make_report, measured_conservation
 from lrp_compiler.seeds import Predicted, Target
-from lrp_compiler.sites import SiteRef, resolve_sites
+from lrp_compiler.sites import resolve_sites
 from lrp_compiler.tape import Names, Tape
 from lrp_compiler.weightless import require_values, without_values
 
@@ -242,9 +242,10 @@ def _by_name(baselines: Any, names: list[str]) -> Baselines:
 def default_request(explained: ExplainedCall, at: Names, options: Options) -> Request:
     """What a forward pass prepares for: relevance of ``at`` (None: the attributed inputs) at the chosen output."""
     program = explained.program
-    names = list(program.attributed) if at is None else [at] if isinstance(at, str) else list(at)
-    refs: list[SiteRef] = resolve_sites(program, names)
+    # The attributed inputs need no look into the table of all sites, which would be made anew at every call.
+    refs = None if at is None else resolve_sites(program, [at] if isinstance(at, str) else list(at))
+    sites = program.sources.values() if refs is None else [ref.nodes for ref in refs]
     composite = program.composite
     kind = composite.readout if composite is not None else "relevance"
-    nodes = tuple(dict.fromkeys((node, kind) for ref in refs for node in ref.nodes))
+    nodes = tuple(dict.fromkeys((node, kind) for nodes in sites for node in nodes))
     return Request((explained.chosen_output(options.output),), nodes)

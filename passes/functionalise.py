@@ -112,7 +112,8 @@ class _Functionaliser:
         assert isinstance(target, fx.Node)
         result = self.functional(node, target)
         root = self.root(target)
-        self.parent[node] = target
+        # A write stands for what it wrote to, so that a value written a thousand times has one parent, not a thousand.
+        self.parent[node] = self.parent[target] if _writes(target) else target
         child, value = target, result
         while child is not root:
             parent = self.parent[child]
