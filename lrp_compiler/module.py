@@ -22,8 +22,9 @@ from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.recording import write_back
 from lrp_compiler.report import Report, make_report, measured_conservation
 from lrp_compiler.seeds import Predicted, Target
-from lrp_compiler.sites import SiteRef, resolve_sites
+from lrp_compiler.sites import resolve_sites
 from lrp_compiler.tape import Names, Tape
+from lrp_compiler.weightless import require_values, without_values
 
 
 class LRPModule(nn.Module):
@@ -143,11 +144,12 @@ class LRPModule(nn.Module):
         ``baselines`` are the inputs of the reference run that ``deep_lift`` explains the difference from: a number or
         a tensor that broadcasts to the attributed input, or a dict of those by input name; None is zeros. Token ids
         need ids. Inputs that are neither attributed nor named keep their value. The reference run repeats this run's
-        random numbers and updates no buffers. Raises BaselineError.
+        random numbers and updates no buffers. Raises BaselineError, and NoValuesError for meta and fake tensors.
         """
         kwargs = dict(sorted(kwargs.items()))
         explained, request = self._prepared(args, kwargs, at, wrt, named_inputs(baselines))
         inputs = graph_inputs(explained.program, self._model, args, kwargs)
+        require_values(explained.program, inputs)
         reference = reference_inputs(explained.program, inputs, baselines)
         tape = Tape(self._model, self._compiler, explained, request)
         return tape.record(inputs, reference), tape
@@ -193,13 +195,17 @@ class LRPModule(nn.Module):
         """What the compiler made of this kind of call: coverage, rules, promises, buffers, timings, sites.
 
         How far relevance is conserved is measured for ``target``, and for a composite that does not claim to conserve
-        also without one, at each sample's largest output.
+        also without one, at each sample's largest output. A model on the meta device or of fake tensors is compiled
+        as any other, so that a full-size network needs no memory; nothing is measured of it.
         """
-        explained, request = self._prepared(args, dict(sorted(kwargs.items())), None, wrt, ())
+        kwargs = dict(sorted(kwargs.items()))
+        explained, request = self._prepared(args, kwargs, None, wrt, ())
         stages, executable = self._compiler.emitted(explained, request)
         assert explained.program.composite is not None
         conservation = None
-        if target is not None or not explained.program.composite.conserves:
+        inputs = graph_inputs(explained.program, self._model, args, kwargs)
+        asked = target is not None or not explained.program.composite.conserves
+        if asked and without_values(explained.program, inputs) is None:
             with torch.no_grad():
                 _, tape = self.run(*args, wrt=wrt, **kwargs)
             conservation = measured_conservation(tape.ledger(Predicted() if target is None else target))
@@ -286,9 +292,10 @@ def _by_name(baselines: Any, names: list[str]) -> Baselines:
 def default_request(explained: ExplainedCall, at: Names, options: Options) -> Request:
     """What a forward pass prepares for: relevance of ``at`` (None: the attributed inputs) at the chosen output."""
     program = explained.program
-    names = list(program.attributed) if at is None else [at] if isinstance(at, str) else list(at)
-    refs: list[SiteRef] = resolve_sites(program, names)
+    # The attributed inputs need no look into the table of all sites, which would be made anew at every call.
+    refs = None if at is None else resolve_sites(program, [at] if isinstance(at, str) else list(at))
+    sites = program.sources.values() if refs is None else [ref.nodes for ref in refs]
     composite = program.composite
     kind = composite.readout if composite is not None else "relevance"
-    nodes = tuple(dict.fromkeys((node, kind) for ref in refs for node in ref.nodes))
+    nodes = tuple(dict.fromkeys((node, kind) for nodes in sites for node in nodes))
     return Request((explained.chosen_output(options.output),), nodes)

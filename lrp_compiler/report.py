@@ -19,6 +19,7 @@ from lrp_compiler.coverage import (
 )
 from lrp_compiler.ledger import Ledger
 from lrp_compiler.passes.codegen import Executable
+from lrp_compiler.passes.demand import demands
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import Buffer, BufferKind, facts, forward_nodes
@@ -31,6 +32,8 @@ class Report:
 
     ``coverage`` holds what becomes of every op and node; ``rules`` counts ops per (op, rule), ``patterns`` recognised
     groups of ops per kind; ``promises`` the forward values that relevance reads; ``buffers`` where each is kept;
+    ``demanded`` the values beyond those that autograd keeps which propagating relevance itself would ask for
+    (``passes/demand.py``), ``still_demanded`` those of them that propagating coefficients reads as well;
     ``specialised`` the inputs whose values the code holds, so that others compile anew; ``sites`` every name that
     ``at=`` takes; ``conserves`` whether the composite claims that inputs and named sinks make up the output,
     ``conservation`` what was measured.
@@ -49,6 +52,8 @@ class Report:
     stopped: dict[str, int]
     patterns: dict[str, int]
     buffers: tuple[Buffer, ...]
+    demanded: int
+    still_demanded: int
     specialised: tuple[str, ...]
     coverage: Coverage
     sites: tuple[str, ...]
@@ -172,6 +177,8 @@ def make_report(
     relevance = executable.program.relevance_graph
     composite = program.composite
     assert composite is not None and relevance is not None
+    demanded = [(demand.op, demand.value) for demand in demands(program)]
+    read = {(reader, buffer.name) for buffer in executable.program.buffers for reader in buffer.readers}
     return Report(
         model=model,
         composite=composite.name,
@@ -186,6 +193,8 @@ def make_report(
         stopped=dict(Counter(op_name(node) for node in live if facts(node).rule is not None and not facts(node).flows)),
         patterns=dict(Counter([*patterns, *structures])),
         buffers=executable.program.buffers,
+        demanded=len(demanded),
+        still_demanded=sum(pair in read for pair in demanded),
         specialised=tuple(spec.target for spec in program.inputs if spec.node in {pin.input for pin in program.pins}),
         coverage=measure_coverage(model, stages, codegen=executable.milliseconds),
         sites=tuple(site_table(program)),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Mutation, Program, carries_float, tensor_of
@@ -162,10 +163,12 @@ def attention_math(
 
 def _eager_attention_is_flash(a: dict[str, Any]) -> bool:
     """Ask torch which path it takes for tensors of these shapes (metadata alone decides)."""
-    real: list[Any] = [_unfilled(a[name]) for name in ("query", "key", "value", "attn_mask")]
-    choice: int = aten._fused_sdp_choice.default(
-        *real, a["dropout_p"], a["is_causal"], scale=a["scale"], enable_gqa=a["enable_gqa"]
-    )
+    # Of fake tensors, which an enclosing mode would make of these, torch takes another path.
+    with unset_fake_temporarily():
+        real: list[Any] = [_unfilled(a[name]) for name in ("query", "key", "value", "attn_mask")]
+        choice: int = aten._fused_sdp_choice.default(
+            *real, a["dropout_p"], a["is_causal"], scale=a["scale"], enable_gqa=a["enable_gqa"]
+        )
     return choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
 
 

@@ -9,6 +9,7 @@ from torch import fx
 
 from lrp_compiler.passes.optable import OpClass, aten_names, classify, op_name
 from lrp_compiler.passes.program import Constant, InputKind, Program, carries_float, is_float, tensor_of
+from lrp_compiler.passes.sizes import Size, at_hints
 
 aten = torch.ops.aten
 
@@ -104,7 +105,8 @@ def uncast(node: fx.Node) -> fx.Node:
 
 
 def number(value: object) -> float | None:
-    """``value`` as a float if it is a number among a node's arguments."""
+    """``value`` as a float if it is a number among a node's arguments, an open size as in the captured call."""
+    value = at_hints(value) if isinstance(value, Size) else value
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 

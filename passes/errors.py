@@ -256,6 +256,15 @@ class UnsupportedOutputError(LRPError):
     )
 
 
+class NoValuesError(LRPError):
+    id = "LRP026"
+    template = "'{name}' has a shape but no values, so there is no relevance to compute"
+    hint = (
+        "Of models on the meta device or of fake tensors, report(...) and stages(...) can be had; for relevance,"
+        " load the weights and give real inputs."
+    )
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")

@@ -127,7 +127,8 @@ class _Functionaliser:
             self.refuse(node, "it writes to a tensor after its shape was changed in place")
         result = self.functional(node, target)
         root = self.root(target)
-        self.parent[node] = target
+        # A write stands for what it wrote to, so that a value written a thousand times has one parent, not a thousand.
+        self.parent[node] = self.parent[target] if _writes(target) else target
         child, value = target, result
         while child is not root:
             parent = self.parent[child]

@@ -35,6 +35,7 @@ def lower_promises(program: Program) -> Program:
     program = program.fork()
     read_by: dict[tuple[fx.Node, BufferKind], list[str]] = {}
     replayed: dict[Any, dict[fx.Node, fx.Node]] = {target: {} for target in PROMISES}
+    last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
     views: list[Buffer] = []
     for node in [n for n in program.graph.nodes if n.target in PROMISES]:
         value = first_argument(node)
@@ -47,17 +48,18 @@ def lower_promises(program: Program) -> Program:
             views.append(_buffer(value, "view", readers, program))
         known = replayed[node.target]
         if base not in known:
-            known[base] = _reference_input(program.graph, base) if of_reference else base
+            known[base] = base
+            if of_reference:
+                known[base] = last = _reference_input(program.graph, base, last)
         node.replace_all_uses_with(_replay(program.graph, value, node, known))
         program.graph.erase_node(node)
     kept = [_buffer(base, kind, sorted(set(readers)), program) for (base, kind), readers in read_by.items()]
     return program.having(buffers=(*kept, *views))
 
 
-def _reference_input(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """A graph input for the value of ``node`` in the reference run."""
-    last = [placeholder for placeholder in graph.nodes if placeholder.op == "placeholder"][-1]
-    with graph.inserting_after(last):
+def _reference_input(graph: fx.Graph, node: fx.Node, after: fx.Node) -> fx.Node:
+    """A graph input for the value of ``node`` in the reference run, behind the input ``after``."""
+    with graph.inserting_after(after):
         made = graph.placeholder(f"reference_{node.name}")
     made.meta = {"val": tensor_of(node), FACTS: Facts(part="reference", origin=node.name)}
     return made

@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.optable import OpClass, OpEntry, classify, op_name
-from lrp_compiler.passes.program import Pattern, carries_float, facts, is_complex, is_float, value_of
+from lrp_compiler.passes.program import Pattern, carries_float, facts, is_complex
 
 FOLDED = "folded_batch_norm"
 """The pattern of a linear op and the batch normalisation that only it feeds, taken as one linear map."""
@@ -90,7 +90,7 @@ class Operation:
         arguments: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
         for argument, value in arguments:
             for leaf in pytree.tree_leaves(value):
-                if isinstance(leaf, fx.Node) and any(is_float(v) for v in pytree.tree_leaves(value_of(leaf))):
+                if isinstance(leaf, fx.Node) and carries_float(leaf):
                     found.append(Operand(argument, position, leaf))
                 position += 1
         return tuple(found)

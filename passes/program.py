@@ -289,7 +289,8 @@ def first_argument(node: fx.Node) -> fx.Node:
 def carries_float(node: fx.Node) -> bool:
     """Whether ``node`` holds a float tensor, or a tuple with one."""
     value = node.meta.get("val")
-    return any(is_float(leaf) for leaf in pytree.tree_leaves(value))
+    # Every pass asks this of every operand, and flattening a lone tensor costs ten times the answer.
+    return is_float(value) if isinstance(value, torch.Tensor) else any(map(is_float, pytree.tree_leaves(value)))
 
 
 def live_value(model: torch.nn.Module, spec: InputSpec) -> torch.Tensor:

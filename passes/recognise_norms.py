@@ -18,6 +18,7 @@ from torch import fx
 from lrp_compiler.passes.dataflow import CASTS, Flow, kept_shape, multiple, number, stripped, summands, uncast
 from lrp_compiler.passes.optable import aten_names, op_name
 from lrp_compiler.passes.program import InputKind, Pattern, Structure, first_argument, is_float, learn, tensor_of
+from lrp_compiler.passes.sizes import hints, settle
 
 aten = torch.ops.aten
 LARGEST_EPSILON = 0.1
@@ -99,7 +100,7 @@ class _Sweep:
         if made is None or not isinstance(of, fx.Node) or not is_float(of.meta.get("val")):
             return None
         dims = _dims(call, tensor_of(of).dim())
-        size = math.prod(tensor_of(of).shape[dim] for dim in dims)
+        size = math.prod(hints(tensor_of(of).shape[dim] for dim in dims))
         found = made(self, call, of, Statistic(of, dims, tuple(tensor_of(node).shape), 1.0, float(size)))
         if not dims or found is None:
             return None
@@ -228,6 +229,9 @@ class _Sweep:
         form = NormForm(statistic.dims, divides, kind == "layer_norm")
         of_itself = kind == "layer_norm" or uncast(value) is uncast(statistic.of)
         exact = of_itself and statistic.exact and math.isclose(statistic.factor, 1.0)
+        # How many values a statistic is over was read off the captured call.
+        settle([tensor_of(statistic.of).shape[dim] for dim in statistic.dims])
+        settle([self.flow.named[name].args for name in members])
         pattern = Pattern(kind, (source.name,), (scale.name,), members, form, exact_differences=exact)
         learn(node, pattern=pattern)
 

@@ -23,7 +23,7 @@ class Rewriter:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.emitter = Emitter(program.graph, program.fake_mode, output_node(program.graph), program.traces)
-        self.replaced: dict[str, str] = {}
+        self.replaced: dict[str, fx.Node] = {}
         self.mutations: list[Mutation] = []
 
     def replacement(self, node: fx.Node) -> Replacement:
@@ -48,8 +48,14 @@ class Rewriter:
     def renamed(self, name: str) -> str:
         """The name of the value that stands for ``name`` now."""
         while name in self.replaced:
-            name = self.replaced[name]
+            name = self.replaced[name].name
         return name
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """The node that stands for ``node`` now."""
+        while node.name in self.replaced:
+            node = self.replaced[node.name]
+        return node
 
     def rewrite(self, node: fx.Node) -> None:
         """Replace one op if it has a replacement."""
@@ -68,7 +74,7 @@ class Rewriter:
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Use ``new`` wherever ``node`` was used."""
         node.replace_all_uses_with(new)
-        self.replaced[node.name] = new.name
+        self.replaced[node.name] = new
         self.emitter.graph.erase_node(node)
 
     def expand(self, node: fx.Node, target: Any, fn: Callable[..., Any], *args: Any) -> Replacement:
@@ -81,10 +87,7 @@ class Rewriter:
         for inner in between:
             if not inner._erased:
                 self.rewrite(inner)
-        nodes: dict[str, fx.Node] = {found.name: found for found in self.emitter.graph.nodes}
-        if isinstance(result, fx.Node):
-            return nodes[self.renamed(result.name)]
-        return tuple(nodes[self.renamed(part.name)] for part in result)
+        return self.current(result) if isinstance(result, fx.Node) else tuple(self.current(part) for part in result)
 
     def output(self, node: fx.Node, index: int) -> fx.Node:
         """Output ``index`` of a multi-output call just emitted."""

@@ -74,6 +74,14 @@ def at_hints(values: Any) -> Any:
     return pytree.tree_map_only(Size, lambda size: guarding_hint_or_throw(size.value), values)
 
 
+def settle(values: Any) -> None:
+    """Give the open sizes in a tree of sizes or arguments up: the program then holds for calls of these sizes alone."""
+    for value in pytree.tree_leaves(values):
+        size = value.value if isinstance(value, Size) else value
+        if isinstance(size, torch.SymInt):
+            int(size)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The value of every symbol in one call."""

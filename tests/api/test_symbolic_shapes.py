@@ -161,6 +161,30 @@ def test_models_that_depend_on_sizes_say_so_and_are_bounded() -> None:
     assert explained.compiler.captures.kept == GRAPHS
 
 
+class OverTokens(nn.Module):
+    """A normalisation over a dimension of open size, and a mean over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.sum(1, keepdim=True) / x.shape[1]
+        scaled = centred / (centred.pow(2).sum(1, keepdim=True) / x.shape[1] + 1e-5).sqrt()
+        return self.layer(scaled.sum(1) / x.shape[1])
+
+
+def test_rules_are_the_same_whether_sizes_are_open() -> None:
+    """How many values a hand-written norm is over belongs to its rule."""
+    explained = compile_for_lrp(OverTokens().double(), "attnlrp")
+    alone = compile_for_lrp(explained.original, "attnlrp", dynamic=False)
+    for length in (5, 6, 8):
+        x = torch.randn(2, length, 4, dtype=torch.float64)
+        ours, theirs = explained.run(x)[1], alone.run(x)[1]
+        assert torch.equal(ours.relevance(1), theirs.relevance(1))
+        assert sorted(ours.sinks(1)) == sorted(theirs.sinks(1))
+
+
 def test_dynamic_can_be_turned_off() -> None:
     explained = compile_for_lrp(nn.Linear(4, 3), dynamic=False)
     for batch in (2, 3, 4):

@@ -170,6 +170,7 @@ CASES: list[tuple[str, Callable[[], Any], type[LRPError], list[str]]] = [
         ["operator"],
     ),
     ("composite", lambda: compile_for_lrp(mlp(), "lrp"), errors.UnknownCompositeError, ["'lrp'", "attnlrp"]),
+    ("no values", lambda: ask(0, mlp().to("meta"), X.to("meta")), errors.NoValuesError, ["'0.weight'", "report"]),
     ("stale tape", stale, errors.StaleTapeError, ["parameter 0.weight changed"]),
     (
         "ledger",

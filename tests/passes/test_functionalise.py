@@ -158,3 +158,14 @@ def test_a_write_that_cannot_be_followed_is_refused() -> None:
     with pytest.raises(errors.UnsupportedMutationError, match="one piece of unbind") as caught:
         compile_for_lrp(Program(piecewise))(torch.randn(4, 6))
     assert "x.mul(" in str(caught.value) and "test_functionalise.py" in str(caught.value)
+
+
+def test_one_value_may_be_written_more_often_than_python_recurses() -> None:
+    def accumulated(x: Tensor) -> Tensor:
+        y = x.clone()
+        for _ in range(1100):
+            y += 0.5
+        return y * x
+
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(compile_for_lrp(Program(accumulated), "gradient")(x), accumulated(x), rtol=0, atol=0)
