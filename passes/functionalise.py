@@ -138,7 +138,10 @@ class _Functionaliser:
         if overload is None or overload._schema.is_mutable:
             self.refuse(node, "torch has no functional variant of it")
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
-        return self.like(self.emit(node, overload, args, kwargs), kept, node)
+        made = self.emit(node, overload, args, kwargs)
+        if value_of(made).shape != kept.shape:
+            self.refuse(node, "it changes the shape of its tensor")
+        return self.like(made, kept, node)
 
     def like(self, value: fx.Node, kept: torch.Tensor, node: fx.Node) -> fx.Node:
         """``value`` cast and expanded to the dtype and shape of ``kept``."""
