@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from lrp_compiler.interop.zennit import is_zennit_composite, translate
 from lrp_compiler.module import LRPModule
 from lrp_compiler.options import parse_options
-from lrp_compiler.passes.errors import OptionValueError
+from lrp_compiler.passes.errors import CompositeError, NotAModelError
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.registry import REGISTRY
 
@@ -24,16 +25,19 @@ def compile_for_lrp(model: nn.Module, composite: str | Composite | Any = "auto",
     to explain), ``rules`` ({op: rule function or Rule}), ``verify`` ("off" or "ledger"), ``reference`` (run the slow
     relevance-space interpreter), ``dynamic`` (False to trace every distinct shape for itself).
 
-    Nothing is traced before the first call. Raises UnknownCompositeError, UnknownOptionError, OptionValueError.
+    Nothing is traced before the first call. Raises NotAModelError, UnknownCompositeError,
+    CompositeError, UnknownOptionError, OptionValueError.
     """
     if not isinstance(model, nn.Module):
-        raise OptionValueError(name="model", value=model, cause="it is not a torch.nn.Module")
+        raise NotAModelError(kind=f"an object of type {type(model).__name__}", cause="it is not a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NotAModelError(kind="a TorchScript module", cause="its python code is gone; compile the original")
     captures = model.compiler.captures if isinstance(model, LRPModule) else None
     if isinstance(model, LRPModule):
         model = model.original
     chosen = translate(composite, model) if is_zennit_composite(composite) else composite
     if not isinstance(chosen, (str, Composite)):
-        raise OptionValueError(name="composite", value=composite, cause="not a name, a Composite or a zennit Composite")
+        raise CompositeError(composite=repr(composite), cause="not a name, a Composite or a zennit Composite")
     parsed = parse_options(options)
     rules = {**REGISTRY.snapshot(), **parsed.rules}
     return LRPModule(model, chosen, replace(parsed, rules=rules), captures)

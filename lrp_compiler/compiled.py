@@ -14,7 +14,7 @@ from lrp_compiler.captures import CapturedCall, Captures
 from lrp_compiler.composites import AUTO, choose_composite, composite_named
 from lrp_compiler.options import Options
 from lrp_compiler.passes.codegen import Executable
-from lrp_compiler.passes.errors import OptionValueError, OutputError
+from lrp_compiler.passes.errors import OutputError, ReferenceModeError
 from lrp_compiler.passes.pipeline import Stage, emit, explain
 from lrp_compiler.passes.program import Constant, Program, Request, facts, is_float
 from lrp_compiler.passes.rules.base import Composite
@@ -82,7 +82,7 @@ class Compiler:
         self.captures = captures or Captures()
         if isinstance(self.composite, Composite) and self.composite.against_reference and options.reference:
             cause = f"the interpreter has no formulas for the differences that '{self.composite.name}' explains"
-            raise OptionValueError(name="reference", value=True, cause=cause)
+            raise ReferenceModeError(cause=cause)
         self._explained: dict[Any, ExplainedCall] = {}
         # Programs of one capture share their cache of traced functions, so one lock guards them all.
         self._lock = self.captures.lock

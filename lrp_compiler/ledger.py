@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lrp_compiler.passes.errors import LedgerError
+from lrp_compiler.passes.errors import LedgerError, NonFiniteError
 from lrp_compiler.passes.program import Program, Result
 
 ROUNDING_STEPS = 4096
@@ -65,9 +66,14 @@ class Ledger:
         return totals
 
     def check(self, tolerance: float | None = None) -> None:
-        """Raise LedgerError naming the first op whose gap exceeds ``tolerance`` (relative to its magnitude)."""
+        """Raise LedgerError naming the first op whose gap exceeds ``tolerance`` (relative to its magnitude).
+
+        NonFiniteError where relevance is nan or inf.
+        """
         allowed = ROUNDING_STEPS * torch.finfo(self.dtype).eps if tolerance is None else tolerance
         for row in self.rows:
+            if not math.isfinite(row.given):
+                raise NonFiniteError(op=row.op, given=row.given)
             if not row.relative_gap <= allowed:
                 taken = sum(row.taken.values()) + sum(row.sinks.values())
                 raise LedgerError(op=row.op, rule=row.rule, given=row.given, taken=taken, gap=row.gap)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lrp_compiler.passes.errors import OptionValueError
+from lrp_compiler.passes.errors import ArgumentError
 
 if TYPE_CHECKING:
     from lrp_compiler.seeds import Target
@@ -43,14 +43,15 @@ class Linearised:
     def apply(self, directions: Values) -> Tensor:
         """W v, of the output's shape, for a vector v given per site (sites left out count as zero).
 
-        A unit impulse as v gives a column of W. Raises OptionValueError for an unknown site or a wrong shape.
+        A unit impulse as v gives a column of W. Raises ArgumentError for an unknown site or a wrong shape.
         """
         for name, direction in directions.items():
             known = self._at.get(name)
             if known is None or known.shape != direction.shape:
                 have = {site: tuple(value.shape) for site, value in self._at.items()}
                 cause = f"the sites and their shapes are {have}"
-                raise OptionValueError(name="directions", value=f"{name}: {tuple(direction.shape)}", cause=cause)
+                value = f"{name}: {tuple(direction.shape)}"
+                raise ArgumentError(function="tape.linearised().apply", name="directions", value=value, cause=cause)
         # The relevance pass is linear in its seed and is W^T; its own transpose is W.
         rows, pull, *_ = torch.func.vjp(self._pullback, torch.zeros_like(self._output))
         zeros = {name: torch.zeros_like(row) for name, row in rows.items()}

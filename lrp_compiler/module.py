@@ -15,14 +15,14 @@ from lrp_compiler.captures import Captures, Compilation
 from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
 from lrp_compiler.coverage import Coverage, measure_coverage
 from lrp_compiler.options import Options
-from lrp_compiler.passes.errors import BaselineError, LRPError, UnknownInputError
+from lrp_compiler.passes.errors import ArgumentError, BaselineError, LRPError, UnknownInputError
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import InputKind, Request, graph_inputs
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.recording import write_back
 from lrp_compiler.report import Report, make_report, measured_conservation
 from lrp_compiler.seeds import Predicted, Target
-from lrp_compiler.sites import resolve_sites
+from lrp_compiler.sites import name_list, resolve_sites
 from lrp_compiler.tape import Names, Tape
 from lrp_compiler.weightless import require_values, without_values
 
@@ -176,7 +176,7 @@ class LRPModule(nn.Module):
         ``Tape.relevance`` raise.
         """
         single = isinstance(inputs, Tensor)
-        given: tuple[Any, ...] = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        given: tuple[Any, ...] = (inputs,) if isinstance(inputs, Tensor) else _attributable(inputs)
         extra = additional_forward_args
         more = () if extra is None else tuple(extra) if isinstance(extra, (tuple, list)) else (extra,)
         args, kwargs = (*given, *more), dict(sorted((forward_kwargs or {}).items()))
@@ -276,7 +276,16 @@ class LRPModule(nn.Module):
 
 
 def _as_names(names: Names) -> tuple[str, ...] | None:
-    return None if names is None else (names,) if isinstance(names, str) else tuple(names)
+    return None if names is None else tuple(name_list(names, "wrt"))
+
+
+def _attributable(inputs: Any) -> tuple[Any, ...]:
+    """The inputs that ``attribute`` takes as a tuple; raises ArgumentError."""
+    leaves = pytree.tree_leaves(inputs) if isinstance(inputs, (tuple, list)) else []
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        cause = "it is a tensor, or a tuple of at least one"
+        raise ArgumentError(function="lrp_compiler.LRPModule.attribute", name="inputs", value=inputs, cause=cause)
+    return tuple(inputs)
 
 
 def _by_name(baselines: Any, names: list[str]) -> Baselines:
@@ -293,7 +302,7 @@ def default_request(explained: ExplainedCall, at: Names, options: Options) -> Re
     """What a forward pass prepares for: relevance of ``at`` (None: the attributed inputs) at the chosen output."""
     program = explained.program
     # The attributed inputs need no look into the table of all sites, which would be made anew at every call.
-    refs = None if at is None else resolve_sites(program, [at] if isinstance(at, str) else list(at))
+    refs = None if at is None else resolve_sites(program, name_list(at, "at"))
     sites = program.sources.values() if refs is None else [ref.nodes for ref in refs]
     composite = program.composite
     kind = composite.readout if composite is not None else "relevance"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lrp_compiler.passes.errors import OptionValueError, UnknownOptionError
+from lrp_compiler.passes.rules.base import Rule
 from lrp_compiler.registry import GivenRule, target_name
 
 
@@ -40,13 +41,27 @@ def parse_options(given: dict[str, Any]) -> Options:
         if name not in known:
             raise UnknownOptionError(name=name, known=options_help())
     if "rules" in given:
+        _check_rules(given["rules"])
         given = {**given, "rules": {target_name(op): fn for op, fn in given["rules"].items()}}
     options = Options(**given)
     if options.verify not in ("off", "ledger"):
         raise OptionValueError(name="verify", value=options.verify, cause="it is 'off' or 'ledger'")
+    if not isinstance(options.reference, bool):
+        raise OptionValueError(name="reference", value=options.reference, cause="it is True or False")
+    if options.output is not None and not isinstance(options.output, str):
+        raise OptionValueError(name="output", value=options.output, cause="it is the name of an output")
     if options.reference and options.verify != "off":
         raise OptionValueError(name="reference", value=True, cause="the reference interpreter keeps no ledger")
     return options
+
+
+def _check_rules(rules: Any) -> None:
+    """``rules`` is {op: function or Rule}; raises OptionValueError."""
+    if not isinstance(rules, Mapping):
+        raise OptionValueError(name="rules", value=rules, cause="it is a dict from ops to functions or Rules")
+    for op, rule in rules.items():
+        if not isinstance(rule, Rule) and (isinstance(rule, type) or not callable(rule)):
+            raise OptionValueError(name="rules", value={op: rule}, cause="a rule is a function or a Rule object")
 
 
 def options_help() -> str:

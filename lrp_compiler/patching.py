@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lrp_compiler.kernels.linear import relevance_of
 from lrp_compiler.module import LRPModule
-from lrp_compiler.passes.errors import OptionValueError, SiteWithoutRelevanceError
+from lrp_compiler.passes.errors import ArgumentError, SiteWithoutRelevanceError
 from lrp_compiler.seeds import Target
 from lrp_compiler.tape import Tape
 
@@ -119,10 +119,19 @@ def true_patch_effects(
     return effects
 
 
+def _explained(model: LRPModule) -> LRPModule:
+    """``model`` if it explains itself; raises ArgumentError."""
+    if not isinstance(model, LRPModule):
+        cause = "it is what compile_for_lrp(model) returns"
+        raise ArgumentError(function="lrp_compiler.patch_effects", name="explained", value=model, cause=cause)
+    return model
+
+
 def _ordered(clean: Inputs, corrupted: Inputs, direction: str) -> tuple[Inputs, Inputs]:
     """(the run whose metric changes, the run values are taken from)."""
     if direction not in ("denoise", "noise"):
-        raise OptionValueError(name="direction", value=direction, cause="it is 'denoise' or 'noise'")
+        cause = "it is 'denoise' or 'noise'"
+        raise ArgumentError(function="lrp_compiler.patch_effects", name="direction", value=direction, cause=cause)
     return (corrupted, clean) if direction == "denoise" else (clean, corrupted)
 
 
@@ -136,7 +145,7 @@ def _tape(explained: LRPModule, inputs: Inputs, sites: list[str]) -> Tape:
     args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else {}
     with torch.no_grad():
-        return explained.run(*args, at=sites, **kwargs)[1]
+        return _explained(explained).run(*args, at=sites, **kwargs)[1]
 
 
 def _recorded(model: nn.Module, module: nn.Module, inputs: Inputs) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.composites import pattern_composite
 from lrp_compiler.module import LRPModule
-from lrp_compiler.passes.errors import OptionValueError
+from lrp_compiler.passes.errors import NotAModelError, PatternFitError
 from lrp_compiler.passes.linear_map import linear_map
 from lrp_compiler.passes.operation import Operation
 from lrp_compiler.passes.optable import op_name
@@ -41,19 +41,23 @@ def fit_patterns(
     "two_component" (Kindermans et al. 2018, eq. 7) is a = (E+[xy] - E+[x] E[y]) / w^T(the same) with E+ over the
     samples where the ReLU is open, and "relu_positive" (iNNvestigate) is a = (E+[xy] - E+[x] E+[y]) / var+[y]; other
     layers get "linear". Either way w^T a = 1. Batch normalisation that only a layer feeds counts as part of it.
-    Raises OptionValueError for a model in training mode, an empty loader or an unknown estimator.
+    Raises NotAModelError, and PatternFitError for a model in training mode, an empty loader, an unknown estimator.
     """
     if estimator not in get_args(Estimator):
-        raise OptionValueError(name="estimator", value=estimator, cause=f"it is one of {get_args(Estimator)}")
+        remedy = f"Take one of {', '.join(get_args(Estimator))}."
+        raise PatternFitError(cause=f"there is no estimator {estimator!r}", remedy=remedy)
+    if not isinstance(model, nn.Module):
+        raise NotAModelError(kind=f"an object of type {type(model).__name__}", cause="it is not a torch.nn.Module")
     if model.training:
-        cause = "patterns belong to the model as it will be explained; call model.eval() first"
-        raise OptionValueError(name="model", value="training", cause=cause)
+        cause = "the model is in training mode, and patterns belong to the model as it will be explained"
+        raise PatternFitError(cause=cause, remedy="Call model.eval() first.")
     explained = LRPModule(model, pattern_composite("estimating patterns", PatternSite()))
     statistics: dict[str, _Statistics] = {}
     for batch in loader:
         _observe(explained, (inputs or first_entry)(batch), estimator, statistics)
     if not statistics:
-        raise OptionValueError(name="loader", value="empty", cause="it yields no batch, or the model has no layers")
+        cause = "the loader yields no batch, or the model has no layers"
+        raise PatternFitError(cause=cause, remedy="Pass an iterable of batches; one that was read before is empty.")
     return {name: found.pattern() for name, found in statistics.items()}
 
 
@@ -76,7 +80,7 @@ def _observe(explained: LRPModule, given: Any, estimator: Estimator, statistics:
         found = statistics.setdefault(weight_name(op), _Statistics(kind))
         if found.estimator != kind:
             cause = f"'{weight_name(op)}' is used both with and without a ReLU behind it"
-            raise OptionValueError(name="estimator", value=estimator, cause=f"{cause}; take 'linear'")
+            raise PatternFitError(cause=cause, remedy="Take estimator='linear'.")
         found.add(op, values)
 
 
@@ -167,5 +171,5 @@ def _layout(op: Operation, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], 
         return lambda w: w.flatten(1), lambda rows: rows.reshape(shape)
     if len(shape) != 2 or linear_map(op).x > linear_map(op).weight:
         cause = f"{op} has no one weight vector per output"
-        raise OptionValueError(name="model", value=op.name, cause=cause)
+        raise PatternFitError(cause=cause, remedy="Explain this model with a composite that needs no patterns.")
     return lambda w: w.t(), lambda rows: rows.t()

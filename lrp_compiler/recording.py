@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrp_compiler.compiled import Compiler, ExplainedCall
 from lrp_compiler.passes.codegen import Executable
-from lrp_compiler.passes.errors import OptionValueError, SizesError, StaleTapeError
+from lrp_compiler.passes.errors import ReferenceModeError, SizesError, StaleTapeError
 from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result, is_float
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.sizes import Sizes
@@ -122,11 +122,11 @@ class Recording:
         return list(zip(executable.program.results, results, strict=True))
 
     def interpreted(self, seeds: dict[int, Tensor], sites: Sites) -> Results:
-        """Relevance at sites by the reference interpreter; raises OptionValueError for any other reading."""
+        """Relevance at sites by the reference interpreter; raises ReferenceModeError for any other reading."""
         others = sorted({kind for _, kind in sites} - {"relevance", "coefficient"})
         if others:
             cause = f"the reference interpreter gives relevance at values, not {' or '.join(others)}"
-            raise OptionValueError(name="reference", value=True, cause=cause)
+            raise ReferenceModeError(cause=cause)
         with self._random_numbers():
             values = reference_relevance(self.program, list(self._inputs.values()), seeds, [n for n, _ in sites])
         return [(Result(kind, name), values[name]) for name, kind in sites]

@@ -106,7 +106,7 @@ class TopK(Seed):
     k: int
 
     def seed(self, output: Tensor) -> Tensor:
-        if output.dim() != 2 or not 0 < self.k <= output.shape[1]:
+        if output.dim() != 2 or not isinstance(self.k, int) or not 0 < self.k <= output.shape[1]:
             raise TargetError(target=self, shape=tuple(output.shape), cause="TopK needs (batch, at least k classes)")
         return torch.zeros_like(output).scatter(1, output.topk(self.k, 1).indices, 1.0)
 
@@ -122,6 +122,9 @@ class Span:
     end: Index
 
     def __call__(self, output: Any) -> Tensor:
+        if not hasattr(output, "start_logits") or not hasattr(output, "end_logits"):
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise TargetError(target=self, shape=shape, cause="Span needs an output with start_logits and end_logits")
         parts = [(output.start_logits, self.start), (output.end_logits, self.end)]
         return sum(((logits * one_hot(logits.detach(), index)).sum(-1) for logits, index in parts), torch.zeros(()))
 
@@ -142,7 +145,11 @@ def seeds_for(
 def seed_for(output: Tensor, target: Target) -> Tensor:
     """The seed of one output for any target that is not a callable; raises TargetError."""
     if isinstance(target, Seed):
-        return target.seed(output)
+        made = target.seed(output)
+        if not isinstance(made, Tensor) or made.shape != output.shape:
+            got = f"shape {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+            raise TargetError(target=target, shape=tuple(output.shape), cause=f"its seed is of {got}")
+        return made
     if isinstance(target, Tensor) and (target.is_floating_point() or target.is_complex()):
         shape = tuple(target.shape)
         if target.shape != output.shape:
@@ -165,6 +172,8 @@ def one_hot(output: Tensor, target: Target) -> Tensor:
     if output.dim() < 2:
         raise TargetError(target=target, shape=shape, cause="the output has no class dimension; leave target out")
     if isinstance(target, list) and target and isinstance(target[0], tuple):
+        if len({len(indices) if isinstance(indices, tuple) else 0 for indices in target}) != 1:
+            raise TargetError(target=target, shape=shape, cause="its tuples differ in length")
         columns: list[Any] = [list(column) for column in zip(*target, strict=True)]
     elif isinstance(target, tuple):
         columns = list(target)
@@ -196,7 +205,7 @@ def _per_sample(index: Any, output: Tensor, dim: int, target: Target) -> Tensor:
         raise TargetError(target=target, shape=shape, cause=f"{index!r} is not an index")
     if places.dim() > 1 or (places.dim() == 1 and places.numel() not in (1, batch)):
         raise TargetError(target=target, shape=shape, cause=f"{tuple(places.shape)} indices for {batch} sample(s)")
-    if places.numel() and bool(((places < -size) | (places >= size)).any()):
+    if places.numel() and not places.is_meta and bool(((places < -size) | (places >= size)).any()):
         raise TargetError(target=target, shape=shape, cause=f"dimension {dim} has {size} entries")
     return places.reshape(-1).expand(batch)
 

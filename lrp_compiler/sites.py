@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lrp_compiler.passes.errors import UnknownSiteError
+from lrp_compiler.passes.errors import ArgumentError, UnknownSiteError
 from lrp_compiler.passes.program import Constant, Program, facts, forward_nodes, tensor_of
 
 INPUT = "input"
@@ -41,6 +41,15 @@ def site_table(program: Program) -> dict[str, SiteRef]:
         (name,) = program.sources
         table[INPUT] = SiteRef(INPUT, table[name].nodes, table[name].is_tokens)
     return table
+
+
+def name_list(names: object, argument: str) -> list[str]:
+    """A name, or a list or tuple of names, as a list; raises ArgumentError."""
+    found = [names] if isinstance(names, str) else names
+    if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
+        function = "lrp_compiler.LRPModule.run" if argument == "wrt" else "lrp_compiler.Tape.relevance"
+        raise ArgumentError(function=function, name=argument, value=names, cause="it is a name or a list of names")
+    return list(found)
 
 
 def resolve_sites(program: Program, names: list[str]) -> list[SiteRef]:

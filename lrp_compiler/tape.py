@@ -17,18 +17,27 @@ from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild
 from lrp_compiler.kernels.linear import relevance_of
 from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.linearised import Linearised
-from lrp_compiler.passes.errors import OptionValueError, OutputError, UnknownSiteError
+from lrp_compiler.passes.errors import (
+    ArgumentError,
+    MaskError,
+    NotLinearError,
+    OutputError,
+    ReferenceModeError,
+    UnknownSiteError,
+)
 from lrp_compiler.passes.insert_relevance import total_of
 from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts, live_value
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.sizes import value_of_sizes
 from lrp_compiler.recording import Recording, Results, Sites
 from lrp_compiler.seeds import Target, seeds_for
-from lrp_compiler.sites import SiteRef, is_glob, resolve_sites
+from lrp_compiler.sites import SiteRef, is_glob, name_list, resolve_sites
 
 Names = str | list[str] | tuple[str, ...] | None
 Sinks = dict[str, dict[str, Tensor]]
 Masks = dict[str, Tensor]
+RELEVANCE = "lrp_compiler.Tape.relevance"
+COEFFICIENTS_FROM = "lrp_compiler.Tape.coefficients_from"
 
 
 class Tape:
@@ -94,6 +103,9 @@ class Tape:
         if self._compiler.options.reference:
             each = [self.relevance(target, at, output=output, per_dimension=per_dimension) for target in targets]
             return pytree.tree_map(lambda *found: torch.stack(found), *each)
+        if not isinstance(targets, (list, tuple, Tensor)) or len(targets) == 0:
+            cause = "it is a list with at least one target"
+            raise ArgumentError(function=RELEVANCE + "_of_each", name="targets", value=targets, cause=cause)
         composite = self.program.composite
         readout: EdgeKind = composite.readout if composite is not None else "relevance"
         return self._at_sites(_Several(tuple(targets)), at, output, readout, per_dimension)
@@ -101,7 +113,7 @@ class Tape:
     def coefficients(self, target: Target = None, at: Names = None, *, output: str | None = None) -> Any:
         """The coefficients c (R = a * c) at sites; arguments and result as in ``relevance``, never summed."""
         if self._compiler.options.reference:
-            raise OptionValueError(name="reference", value=True, cause="a relevance-space pass has no coefficients")
+            raise ReferenceModeError(cause="a relevance-space pass has no coefficients")
         return self._at_sites(target, at, output, "coefficient", True)
 
     def coefficients_from(self, starts: dict[str, Tensor], at: Names, *, blocked: tuple[str, ...] = ()) -> Any:
@@ -111,11 +123,22 @@ class Tape:
         SiteWithoutRelevanceError for a site that no path leads back to.
         """
         seeds = {node: value for name, value in starts.items() for node in self._nodes_at([name])}
+        self._check_starts(seeds)
         refs = resolve_sites(self.program, self._names_of(at))
         nodes: Sites = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
         request = Request((), nodes, starts=tuple(seeds), blocked=self._nodes_at(list(blocked)))
         values = by_site(self._recording.answer(request, list(seeds.values())))
         return self._gathered(refs, values, at, "coefficient", True)
+
+    def _check_starts(self, seeds: dict[str, Tensor]) -> None:
+        """Seeds at inner sites have the shapes of those; raises ArgumentError."""
+        nodes = self.program.nodes_by_name()
+        for node, seed in seeds.items():
+            shape = tuple(nodes[node].meta["val"].shape)
+            given = tuple(seed.shape) if isinstance(seed, Tensor) else type(seed).__name__
+            if given != shape:
+                cause = f"the value there has shape {shape}"
+                raise ArgumentError(function=COEFFICIENTS_FROM, name="starts", value={node: given}, cause=cause)
 
     def _nodes_at(self, names: list[str]) -> tuple[str, ...]:
         return tuple(node for ref in resolve_sites(self.program, names) for node in ref.nodes)
@@ -149,8 +172,8 @@ class Tape:
 
         ``names`` are parameter names or globs, None meaning all. A weight's relevance is the relevance of the values it
         multiplies seen from the other side, not more of it, and costs a second product per layer. Raises
-        UnknownSiteError, and OptionValueError for a parameter under a rule that has none (of first layers, of folded
-        batch norm).
+        UnknownSiteError, and ParameterRelevanceError for a parameter under a rule that has none (of first layers, of
+        folded batch norm).
         """
         nodes = self._parameter_nodes()
         distinct = [name for name, _ in self._model.named_parameters() if name in nodes]
@@ -171,13 +194,13 @@ class Tape:
     def linearised(self, at: Names = None, *, output: str | None = None) -> Linearised:
         """The linear map from the values at ``at`` (as in ``relevance``) to one output: rows, columns, offset.
 
-        Raises OptionValueError for a composite with a rule that is not linear in the seed.
+        Raises NotLinearError for a composite with a rule that is not linear in the seed.
         """
         for node in self.program.graph.nodes:
             rule = facts(node).rule
             if rule is not None and not rule.linear_in_seed:
-                cause = f"the rule '{rule}' of {node.name} is not linear in the seed"
-                raise OptionValueError(name="composite", value=getattr(self.program.composite, "name", ""), cause=cause)
+                composite = getattr(self.program.composite, "name", "")
+                raise NotLinearError(composite=composite, rule=rule, node=node.name)
         refs = resolve_sites(self.program, self._names_of(at))
         chosen = self._call.chosen_output(output if output is not None else self._compiler.options.output)
         nodes: Sites = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
@@ -250,21 +273,27 @@ class Tape:
         return next(iter(found.values())) if single else found
 
     def _names_of(self, at: Names) -> list[str]:
-        return list(self.program.attributed) if at is None else [at] if isinstance(at, str) else list(at)
+        return list(self.program.attributed) if at is None else name_list(at, "at")
 
     def _masks(self, through: Masks) -> Masks:
-        """The masks by node name, in the shape and dtype of their sites; raises UnknownSiteError, OptionValueError."""
+        """The masks by node name, in the shape and dtype of their sites; raises UnknownSiteError, MaskError."""
+        if not isinstance(through, dict):
+            raise ArgumentError(
+                function=RELEVANCE, name="through", value=through, cause="it is a dict from sites to masks"
+            )
         nodes = self.program.nodes_by_name()
         found: Masks = {}
         for name, mask in through.items():
             for node in (node for ref in resolve_sites(self.program, [name]) for node in ref.nodes):
                 fake = nodes[node].meta["val"]
                 shape = value_of_sizes(fake.shape, self._recording.sizes)
+                if not isinstance(mask, Tensor):
+                    raise MaskError(site=name, cause=f"a mask of type {type(mask).__name__}")
                 try:
                     found[node] = mask.to(device=fake.device, dtype=fake.dtype).expand(shape)
                 except RuntimeError:
                     cause = f"a mask of shape {tuple(mask.shape)} does not broadcast to {shape}"
-                    raise OptionValueError(name="through", value=name, cause=cause) from None
+                    raise MaskError(site=name, cause=cause) from None
         return found
 
     def _seeds(self, target: Target, output: str | None) -> dict[int, Tensor]:
@@ -299,11 +328,11 @@ class Tape:
         seeds = self._seeds(target, output)
         masks = masks or {}
         if masks and (self._compiler.options.reference or self._compiler.options.verify != "off"):
-            raise OptionValueError(name="through", value=list(masks), cause="not with reference=True or verify")
+            raise MaskError(site=next(iter(masks)), cause="masks are refused with reference=True and with verify")
         if self._compiler.options.reference:
             if sinks or ledger:
                 cause = "the reference interpreter keeps no ledger"
-                raise OptionValueError(name="reference", value=True, cause=cause)
+                raise ReferenceModeError(cause=cause)
             return self._recording.interpreted(seeds, sites), seeds
         request = Request(tuple(seeds), sites, sinks, ledger, tuple(masks))
         given = (list(seeds.values()), list(masks.values()))
@@ -337,7 +366,7 @@ def by_site(results: Results) -> dict[str, Tensor]:
 def _matching(known: dict[str, tuple[str, ...]], names: str | list[str] | tuple[str, ...]) -> list[str]:
     """The names that ``names`` (exact or glob) stand for; raises UnknownSiteError."""
     found: dict[str, None] = {}
-    for name in [names] if isinstance(names, str) else names:
+    for name in name_list(names, "names"):
         matches = fnmatch.filter(known, name)
         if not matches:
             close = difflib.get_close_matches(name, known, n=3)

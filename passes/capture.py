@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind as ExportKind
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.eager_failure import eager_failure
-from lrp_compiler.passes.errors import CaptureError, RecurrentError, user_source_of_trace
+from lrp_compiler.passes.errors import CaptureError, NoTensorsError, RecurrentError, user_source_of_trace
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, learn
 
 KINDS = {
@@ -66,7 +66,7 @@ def capture(
     return Program(
         graph=graph_module.graph,
         root=graph_module,
-        fake_mode=_fake_mode(graph_module.graph),
+        fake_mode=_fake_mode(graph_module.graph, type(model).__name__),
         inputs=inputs,
         outputs=_outputs(exported),
         in_spec=exported.call_spec.in_spec,
@@ -116,13 +116,13 @@ def _outputs(exported: Any) -> tuple[str | Constant, ...]:
     return tuple(leaves)
 
 
-def _fake_mode(graph: fx.Graph) -> Any:
+def _fake_mode(graph: fx.Graph, model: str) -> Any:
     for node in graph.nodes:
         for leaf in pytree.tree_leaves(node.meta.get("val")):
             mode = getattr(leaf, "fake_mode", None)
             if mode is not None:
                 return mode
-    raise CaptureError(model="the model", cause="the graph holds no tensor")
+    raise NoTensorsError(model=model)
 
 
 def _blame(error: BaseException) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lrp_compiler.passes.errors import CaptureError, user_source
+from lrp_compiler.passes.errors import UnsupportedRegionError, user_source
 from lrp_compiler.passes.program import Constant, Program, first_argument, is_float, tensor_of
 from lrp_compiler.passes.sizes import as_literal, is_size
 
@@ -92,9 +92,9 @@ def _inline_region(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any]) -
     elif name == AUTOCAST_REGION and not arguments[2]:
         grad_enabled, (body, *operands) = True, arguments[4:]
     else:
-        raise CaptureError(
-            model="the model", cause=f"the region {name} is not supported here", source=user_source(node)
-        )
+        inside = [inner for body in arguments if isinstance(body, fx.GraphModule) for inner in body.graph.nodes]
+        places = (place for one in (node, *inside) if (place := user_source(one)) is not None)
+        raise UnsupportedRegionError(name=name, source=next(places, None))
     inner: dict[fx.Node, Any] = {}
     supplied = iter(operands)
     for old in body.graph.nodes:

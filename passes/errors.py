@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -263,6 +264,99 @@ class NoValuesError(LRPError):
         "Of models on the meta device or of fake tensors, report(...) and stages(...) can be had; for relevance,"
         " load the weights and give real inputs."
     )
+
+
+class NotAModelError(LRPError):
+    id = "LRP034"
+    template = "cannot compile {kind}: {cause}"
+    hint = "Pass a torch.nn.Module; a function becomes one as the forward of a module of yours."
+
+
+class CompositeError(LRPError):
+    id = "LRP035"
+    template = "{composite} is no composite: {cause}"
+    hint = (
+        "Pass a name of composites.COMPOSITES, a lrp_compiler.Composite, whose lines are pairs (Matcher, Rule), or a"
+        " zennit Composite whose hooks all have a counterpart in lrp_compiler.rules."
+    )
+
+
+class RuleParameterError(LRPError):
+    id = "LRP036"
+    template = "rule {rule}: {cause}"
+    hint = "Give the rule other parameters; help(lrp_compiler.rules) tells what each one takes."
+
+
+class ReferenceModeError(LRPError):
+    id = "LRP037"
+    template = "reference=True does not go with this: {cause}"
+    hint = "Compile the model without reference=True for this question."
+
+
+class MaskError(LRPError):
+    id = "LRP038"
+    template = "through={{{site!r}: ...}}: {cause}"
+    hint = "A mask is a tensor that broadcasts to the value at its site: tape.activations({site!r}).shape."
+
+
+class ParameterRelevanceError(LRPError):
+    id = "LRP039"
+    template = "the rule '{rule}' of {op} has no relevance for the parameters {names}"
+    hint = (
+        "Ask for other parameters by name, tape.parameters(target, names), or give this layer another rule with"
+        " composite.override."
+    )
+
+
+class NotLinearError(LRPError):
+    id = "LRP040"
+    template = "composite '{composite}' makes no linear map: the rule '{rule}' of {node} is not linear in the seed"
+    hint = "Take a composite without filters on relevance, such as 'linear_interpreter' or 'epsilon'."
+
+
+class ArgumentError(LRPError):
+    id = "LRP041"
+    template = "{function}: {name}={value}: {cause}"
+    hint = "See help({function})."
+
+    def __init__(self, *, value: object, **fields: object) -> None:
+        super().__init__(source=None, value=reprlib.repr(value).replace("\n", " "), **fields)
+
+
+class PatternFitError(LRPError):
+    id = "LRP042"
+    template = "patterns cannot be estimated: {cause}"
+    hint = "{remedy}"
+
+
+class NonFiniteError(LRPError):
+    id = "LRP043"
+    template = "relevance is not finite at {op}: {given}"
+    hint = (
+        "An input, a weight or a value there is nan or inf; tape.activations('{op}') shows the values, and half"
+        " precision may have overflowed."
+    )
+
+
+class UnsupportedRegionError(LRPError):
+    id = "LRP044"
+    template = "the region {name} has no relevance here"
+    hint = "Call what is inside it directly in forward, or choose the context around the call of the model."
+
+
+class RuleTraceError(LRPError):
+    id = "LRP045"
+    template = "the rule of {op} cannot be traced: {cause}"
+    hint = (
+        "A rule is traced once for all inputs: choose with torch.where instead of if, and write python numbers, or"
+        " torch.full_like, instead of torch.tensor."
+    )
+
+
+class NoTensorsError(LRPError):
+    id = "LRP046"
+    template = "{model}: neither the call nor the model holds a tensor"
+    hint = "Pass the values to be explained as tensors."
 
 
 def user_source(node: fx.Node) -> str | None:

@@ -169,7 +169,10 @@ class _Functionaliser:
             overload, args = aten.bernoulli.p, (args[0], *(args[1:] or (0.5,)))
         if overload is None or overload._schema.is_mutable:
             self.refuse(node, "torch has no functional variant of it")
-        return self.like(self.emit(node, overload, args, kwargs), kept, node)
+        made = self.emit(node, overload, args, kwargs)
+        if value_of(made).shape != kept.shape:
+            self.refuse(node, "it changes the shape of its tensor")
+        return self.like(made, kept, node)
 
     def like(self, value: fx.Node, kept: torch.Tensor, node: fx.Node) -> fx.Node:
         """``value`` cast and expanded to the dtype and shape of ``kept``."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.passes.errors import OptionValueError
+from lrp_compiler.passes.errors import ReferenceModeError
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Program, facts, forward_nodes, is_float
@@ -72,7 +72,7 @@ def reference_relevance(
 def _follows_gradients(program: Program) -> bool:
     """Whether every rule is the gradient, so that coefficients are carried in place of relevance.
 
-    Raises OptionValueError for gradients beside other rules, and for results that are coefficients of other rules.
+    Raises ReferenceModeError for gradients beside other rules, and for results that are coefficients of other rules.
     """
     rules = {type(facts(node).rule) for node in program.graph.nodes if facts(node).rule is not None}
     if rules == {Gradient}:
@@ -80,7 +80,7 @@ def _follows_gradients(program: Program) -> bool:
     readout = program.composite.readout if program.composite is not None else "relevance"
     if Gradient in rules or readout == "coefficient":
         cause = "the interpreter carries relevance alone, not the coefficients this composite has or returns"
-        raise OptionValueError(name="reference", value=True, cause=cause)
+        raise ReferenceModeError(cause=cause)
     return False
 
 
@@ -118,8 +118,7 @@ def _propagate(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx
     formula = FORMULAS.get(type(rule))
     if formula is None or (op.is_complex and formula in (_pass, _softmax)):
         kind = " of complex values" if formula is not None else ""
-        cause = f"the reference has no formula for rule '{rule}'{kind}"
-        raise OptionValueError(name="reference", value=True, cause=cause)
+        raise ReferenceModeError(cause=f"the reference has no formula for rule '{rule}'{kind}")
     return formula(rule, op, outputs, values)
 
 

@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.passes.errors import RuleTraceError
 from lrp_compiler.passes.program import FACTS, Facts, value_of
 from lrp_compiler.passes.sizes import as_literal, is_size, size_key, with_literals, with_numbers
 
@@ -78,7 +79,7 @@ class Emitter:
                 elif node.op == "output":
                     result = pytree.tree_map(lambda leaf: values.get(leaf, leaf), node.args[0])
                 elif node.op == "get_attr":
-                    raise AssertionError(f"traced code of {self.stamp.origin} creates the constant {node.target}")
+                    raise RuleTraceError(op=self.stamp.origin, cause="its code makes a tensor out of constants")
                 elif is_size(node.meta.get("val")):
                     values[node] = as_literal(node.meta["val"])
                 else:

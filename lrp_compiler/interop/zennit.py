@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrp_compiler.composites import BASE
-from lrp_compiler.passes.errors import OptionValueError
+from lrp_compiler.passes.errors import CompositeError
 from lrp_compiler.passes.optable import OpClass
 from lrp_compiler.passes.rules.absolute import NormIdentity
 from lrp_compiler.passes.rules.base import Composite, Matcher, Rule, on
@@ -34,7 +34,7 @@ def is_zennit_composite(given: object) -> bool:
 
 
 def translate(composite: Any, model: nn.Module) -> Composite:
-    """Our composite for ``model`` from a zennit composite; raises OptionValueError for a hook it has no rule for."""
+    """Our composite for ``model`` from a zennit composite; raises CompositeError for a hook it has no rule for."""
     context: dict[str, Any] = {}
     lines: list[Line] = []
     folded = any("MergeBatchNorm" in type(part).__name__ for part in composite.canonizers)
@@ -59,7 +59,7 @@ def _lines(path: str, hook: Any, folded: bool) -> list[Line]:
     if kind in GRADIENT_HOOKS:
         return [(on(OpClass.ACTIVATION, path=path), RULES[kind](hook))]
     if kind not in RULES:
-        raise OptionValueError(name="composite", value=kind, cause=f"the zennit hook of '{path}' has no rule of ours")
+        raise CompositeError(composite=kind, cause=f"the zennit hook of '{path}' has no rule of ours")
     return [(on(OpClass.LINEAR, path=path), RULES[kind](hook))]
 
 
@@ -70,14 +70,14 @@ def _held(hook: Any, name: str) -> Any:
         found = inspect.getclosurevars(inspect.unwrap(function)).nonlocals
         if name in found:
             return found[name]
-    raise OptionValueError(name="composite", value=type(hook).__name__, cause=f"it holds no {name}")
+    raise CompositeError(composite=type(hook).__name__, cause=f"it holds no {name}")
 
 
 def _epsilon(hook: Any) -> float:
     """The stabiliser's epsilon; a stabiliser that clips or scales is another rule."""
     stabiliser = _held(hook, "stabilizer_fn")
     if getattr(stabiliser, "clip", False) or getattr(stabiliser, "norm_scale", False):
-        raise OptionValueError(name="composite", value=type(hook).__name__, cause="its stabiliser clips or scales")
+        raise CompositeError(composite=type(hook).__name__, cause="its stabiliser clips or scales")
     return float(stabiliser.epsilon)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, fx
 
-from lrp_compiler.passes.errors import OptionValueError
+from lrp_compiler.passes.errors import CompositeError, ParameterRelevanceError
 from lrp_compiler.passes.optable import OpClass, op_name
 from lrp_compiler.passes.program import facts, module_path
 
@@ -45,7 +45,7 @@ class Rule:
     def tensors(self, op: Operation) -> dict[str, Tensor]:
         """The tensors this rule brings along for ``op``, by name; ``site.tensor`` reads them where relevance runs.
 
-        Raises OptionValueError when one does not fit the op.
+        Raises RuleParameterError when one does not fit the op.
         """
         return {}
 
@@ -60,10 +60,10 @@ class Rule:
     def parameter_edges(self, site: Site, edge: Any, parameters: tuple[Operand, ...]) -> Edges:
         """Emit the coefficients of operands that relevance does not flow to but that come from parameters.
 
-        They give the same relevance once more, from the other factor's side. Raises OptionValueError for none.
+        They give the same relevance once more, from the other factor's side. Raises ParameterRelevanceError for none.
         """
-        cause = f"the rule '{self}' of {site.op} has no relevance for parameters"
-        raise OptionValueError(name="parameters", value=[o.node.name for o in parameters], cause=cause)
+        names = ", ".join(facts(operand.node).origin or operand.node.name for operand in parameters)
+        raise ParameterRelevanceError(rule=self, op=site.op, names=names)
 
     def map_share(self, op: Operation) -> float:
         """Of an attention op's relevance the part that reaches its map; the rest is the values'."""
@@ -91,6 +91,11 @@ class Matcher:
     where: Callable[[Operation], bool] | None = None
     first: bool = False
     last: bool = False
+
+    def __post_init__(self) -> None:
+        for op_class in self.op_classes or ():
+            if not isinstance(op_class, OpClass):
+                raise CompositeError(composite="a matcher", cause=f"{op_class!r} is not one of rules.OpClass")
 
     def matches(self, op: Operation) -> bool:
         node = op.node
@@ -153,6 +158,15 @@ class Composite:
     patterns: bool = True
     against_reference: bool = False
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        lines = self.lines if isinstance(self.lines, (tuple, list)) else (self.lines,)
+        for line in lines:
+            pair = line if isinstance(line, (tuple, list)) and len(line) == 2 else (None, None)
+            if not isinstance(pair[0], Matcher) or not isinstance(pair[1], Rule):
+                raise CompositeError(
+                    composite=repr(self.name), cause=f"its line {line!r} is not a pair (Matcher, Rule)"
+                )
 
     def rule_for(self, op: Operation, chosen: Chosen) -> Rule | None:
         """The rule of the first line that matches, or None; ``chosen`` knows the ops that matchers of one op take."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.kernels.linear import masked_product
+from lrp_compiler.passes.errors import RuleParameterError
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.rules.base import EdgeKind, Edges, Rule, Sinks
 from lrp_compiler.passes.site import Site
@@ -43,7 +44,7 @@ class TopRelevance(Rule):
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1], not {self.fraction}")
+            raise RuleParameterError(rule="TopRelevance", cause=f"fraction must lie in (0, 1], not {self.fraction}")
 
     @property
     def kind(self) -> EdgeKind:  # type: ignore[override]

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.kernels.linear import epsilon_ratio, masked_product, relevance_of, stabilise
 from lrp_compiler.kernels.norm import bias_share, channel_bias_share
+from lrp_compiler.passes.errors import RuleParameterError
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import OpClass, aten_names, op_name
 from lrp_compiler.passes.program import value_of
@@ -95,8 +96,9 @@ class Epsilon(Plain):
     name: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
-        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
-            raise ValueError(f"epsilon must be a positive number, not {self.epsilon}; use Plain() for none")
+        if not (isinstance(self.epsilon, (int, float)) and self.epsilon > 0 and math.isfinite(self.epsilon)):
+            cause = f"epsilon must be a positive number, not {self.epsilon!r}; use Plain() for none"
+            raise RuleParameterError(rule="Epsilon", cause=cause)
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return site.vjp(self._ratio(site, edge), self.receivers(site.op))

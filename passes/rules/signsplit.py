@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrp_compiler.kernels import signsplit
 from lrp_compiler.kernels.linear import stabilise
+from lrp_compiler.passes.errors import RuleParameterError
 from lrp_compiler.passes.linear_map import LinearMap, in_full_precision, linear_map
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
@@ -217,7 +218,8 @@ class AlphaBeta(SignSplit):
 
     def __post_init__(self) -> None:
         if min(self.alpha, self.beta) < 0 or abs(self.alpha - self.beta - 1) > 1e-9:
-            raise ValueError(f"alpha - beta must be 1, both at least 0; got alpha={self.alpha}, beta={self.beta}")
+            cause = f"alpha - beta must be 1, both at least 0; got alpha={self.alpha}, beta={self.beta}"
+            raise RuleParameterError(rule="AlphaBeta", cause=cause)
 
     @property
     def parameters(self) -> tuple[float, ...]:
@@ -240,7 +242,7 @@ class Gamma(SignSplit):
 
     def __post_init__(self) -> None:
         if self.gamma < 0:
-            raise ValueError(f"gamma must be at least 0, not {self.gamma}")
+            raise RuleParameterError(rule="Gamma", cause=f"gamma must be at least 0, not {self.gamma}")
 
     @property
     def parameters(self) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.kernels.linear import stabilise
-from lrp_compiler.passes.errors import OptionValueError
+from lrp_compiler.passes.errors import RuleParameterError
 from lrp_compiler.passes.linear_map import LinearMap, in_full_precision, linear_map
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.program import tensor_of
@@ -137,8 +137,12 @@ class ZBox(Terminal):
         found = {key: bound for key, bound in self._named() if isinstance(bound, Tensor)}
         for key, bound in found.items():
             if not _broadcasts(bound.shape, shape):
-                cause = f"it does not broadcast to the input of {op}, which is of shape {tuple(shape)}"
-                raise OptionValueError(name=f"ZBox.{key}", value=tuple(bound.shape), cause=cause)
+                cause = f"{tuple(bound.shape)} does not broadcast to the input of {op}, of shape {tuple(shape)}"
+                raise RuleParameterError(rule=f"ZBox.{key}", cause=cause)
+        for key, numbers in self._named():
+            if isinstance(numbers, tuple) and len(numbers) != shape[1]:
+                cause = f"{len(numbers)} numbers for the {shape[1]} channels of the input of {op}"
+                raise RuleParameterError(rule=f"ZBox.{key}", cause=cause)
         return found
 
     def bounds(self, site: Site) -> Any:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lrp_compiler.passes.errors import RuleResultError
+from lrp_compiler.passes.errors import RuleResultError, RuleTraceError
 from lrp_compiler.passes.rules.base import Edges, Rule
 from lrp_compiler.passes.site import Site
 
@@ -32,7 +34,10 @@ class UserRule(Rule):
         op = site.op
         outputs = list(site.float_outputs().values())
         out = outputs[0] if isinstance(site.node.meta["val"], torch.Tensor) else outputs
-        made = site.emit(_called, self.fn, edge, out, op.args, op.kwargs, autograd=True)
+        try:
+            made = site.emit(_called, self.fn, edge, out, op.args, op.kwargs, autograd=True)
+        except GuardOnDataDependentSymNode:
+            raise RuleTraceError(op=op, cause=f"'{self}' branches on the value of a tensor") from None
         if len(made) != len(op.operands):
             raise RuleResultError(
                 rule=str(self),
@@ -40,6 +45,11 @@ class UserRule(Rule):
                 got=f"{len(made)} value(s)",
                 expected=f"{len(op.operands)}, one per tensor",
             )
+        for c in made:
+            if c is not None and not isinstance(c, fx.Node):
+                raise RuleResultError(
+                    rule=str(self), op=str(op), got=f"a {type(c).__name__}", expected="a tensor or None"
+                )
         return {o: c for o, c in zip(op.operands, made, strict=True) if c is not None and o in op.flowing}
 
     def __str__(self) -> str:

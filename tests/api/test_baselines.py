@@ -221,7 +221,7 @@ MISTAKES: list[tuple[str, Callable[[], Any], type[errors.LRPError], list[str]]] 
     (
         "interpreter",
         lambda: compile_for_lrp(mlp(), "deep_lift", reference=True),
-        errors.OptionValueError,
+        errors.ReferenceModeError,
         ["no formulas for the differences", "deep_lift"],
     ),
 ]

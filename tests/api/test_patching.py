@@ -187,7 +187,7 @@ def test_edges_of_a_transformer() -> None:
 
 def test_an_unknown_direction_is_refused() -> None:
     model = nn.Linear(2, 2)
-    with pytest.raises(errors.OptionValueError, match="'denoise' or 'noise'"):
+    with pytest.raises(errors.ArgumentError, match="'denoise' or 'noise'"):
         patch_effects(compile_for_lrp(model), torch.ones(1, 2), torch.ones(1, 2), 0, ["linear"], direction="both")  # type: ignore[arg-type]
 
 

@@ -150,7 +150,7 @@ def test_parameters_without_relevance_are_refused() -> None:
     model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(2, 4)
     tape = compile_for_lrp(model, "epsilon_plus_flat").run(x)[1]
     assert set(tape.parameters(0, "2.*")) == {"2.weight", "2.bias"}
-    with pytest.raises(errors.OptionValueError, match=r"'flat' of linear .* has no relevance for parameters"):
+    with pytest.raises(errors.ParameterRelevanceError, match=r"'flat' of linear .* no relevance for the parameters"):
         tape.parameters(0)
     with pytest.raises(errors.UnknownSiteError, match=r"Parameters alike"):
         tape.parameters(0, "1.weight")
@@ -161,7 +161,7 @@ def test_the_interpreter_reads_relevance_and_values_alone() -> None:
     with torch.no_grad():
         tape = compile_for_lrp(model, "epsilon", reference=True).run(x)[1]
         assert torch.equal(tape.activations("0"), model[0](x))
-    with pytest.raises(errors.OptionValueError, match=r"gives relevance at values, not parameter"):
+    with pytest.raises(errors.ReferenceModeError, match=r"gives relevance at values, not parameter"):
         tape.parameters(0)
 
 
@@ -169,5 +169,5 @@ def test_the_interpreter_reads_relevance_and_values_alone() -> None:
 def test_the_interpreter_refuses_what_carries_coefficients(name: str) -> None:
     """Gradients beside LRP rules, and rows of W, are no relevance."""
     model, x = Attending(False).double().eval(), torch.randn(2, 5, 6).double()
-    with pytest.raises(errors.OptionValueError, match=r"carries relevance alone"):
+    with pytest.raises(errors.ReferenceModeError, match=r"carries relevance alone"):
         compile_for_lrp(model, name, reference=True).attribute(x, 0)

@@ -184,7 +184,7 @@ def test_a_mask_where_no_relevance_passes_is_refused() -> None:
 def test_masks_that_do_not_fit_are_refused() -> None:
     case = zoo.build("vgg")
     _, tape = compile_for_lrp(case.model).run(*case.args)
-    with pytest.raises(errors.OptionValueError, match=r"\(7,\) does not broadcast"):
+    with pytest.raises(errors.MaskError, match=r"\(7,\) does not broadcast"):
         tape.relevance(3, through={"3": torch.ones(7)})
     with pytest.raises(errors.UnknownSiteError):
         tape.relevance(3, through={"conv": torch.ones(1)})

@@ -10,8 +10,21 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from lrp_compiler import Composite, Contrast, Token, compile_for_lrp, composites, errors, register_rule
+from lrp_compiler import (
+    Composite,
+    Contrast,
+    Token,
+    compile_for_lrp,
+    composites,
+    errors,
+    fit_patterns,
+    patch_effects,
+    register_rule,
+    seeds,
+)
+from lrp_compiler.cli import load_call
 from lrp_compiler.passes.errors import LRPError
+from lrp_compiler.passes.verify import verify
 from lrp_compiler.registry import REGISTRY
 from lrp_compiler.rules import OpClass, Plain, on
 
@@ -50,8 +63,8 @@ class Uncovered(nn.Module):
 X = torch.ones(2, 3)
 
 
-def ask(target: Any = 0, model: nn.Module | None = None, x: Tensor = X, **kwargs: Any) -> Any:
-    return compile_for_lrp(model or mlp()).run(x)[1].relevance(target, **kwargs)
+def ask(target: Any = 0, model: nn.Module | None = None, x: Tensor = X, verify: str = "off", **kwargs: Any) -> Any:
+    return compile_for_lrp(model or mlp(), verify=verify).run(x)[1].relevance(target, **kwargs)
 
 
 def stale() -> Any:
@@ -110,6 +123,87 @@ def relu_with(rule: Callable[..., Any], **options: Any) -> Any:
     return explained.attribute(X, 0)
 
 
+class Resizes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y.unsqueeze_(0)
+        return y
+
+
+MUTATION = ["unsqueeze_", "test_messages.py", "y.unsqueeze_(0)"]
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x), self.b(x)
+
+
+class Holder:
+    """A result that torch knows no way into."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class Wraps(nn.Module):
+    def forward(self, x: Tensor) -> Holder:
+        return Holder(x * 2)
+
+
+class Casts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return torch.mm(x, x.t())
+
+
+class Constant(nn.Module):
+    def forward(self) -> int:
+        return 3
+
+
+class Misshapen(seeds.Seed):
+    def seed(self, output: Tensor) -> Tensor:
+        return output[:, :1]
+
+
+def illegal() -> None:
+    program = compile_for_lrp(mlp()).stages(X)[-1].program
+    verify(program.having(outputs=("gone",)), "analyse")
+
+
+def patterns(given: dict[str, Tensor]) -> Any:
+    return compile_for_lrp(mlp().eval(), composites.pattern_attribution(given)).attribute(X, 0)
+
+
+def boxed() -> Any:
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten())
+    return compile_for_lrp(model, composites.epsilon_gamma_box((0, 0), (1, 1))).attribute(torch.ones(1, 3, 2, 2), 0)
+
+
+def interpreted() -> Any:
+    return compile_for_lrp(mlp(), reference=True).run(X)[1].ledger(0)
+
+
+def flat() -> Any:
+    return tape("epsilon_plus_flat").parameters(0)
+
+
+def tape(composite: str = "epsilon") -> Any:
+    return compile_for_lrp(mlp(), composite).run(X)[1]
+
+
+def branching(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return c if x.sum() > 0 else -c
+
+
+def constant(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return c * torch.tensor(2.0)
+
+
 CASES: list[tuple[str, Callable[[], Any], type[LRPError], list[str]]] = [
     (
         "branch",
@@ -162,7 +256,6 @@ CASES: list[tuple[str, Callable[[], Any], type[LRPError], list[str]]] = [
     ),
     ("option", lambda: compile_for_lrp(mlp(), epsilon=1), errors.UnknownOptionError, ["'epsilon'", "verify"]),
     ("option value", lambda: compile_for_lrp(mlp(), verify="yes"), errors.OptionValueError, ["'ledger'"]),
-    ("not a module", lambda: compile_for_lrp(torch.sum), errors.OptionValueError, ["torch.nn.Module"]),  # type: ignore[arg-type]
     (
         "not an op",
         lambda: compile_for_lrp(mlp(), rules={"relu": leaky}),
@@ -197,9 +290,62 @@ CASES: list[tuple[str, Callable[[], Any], type[LRPError], list[str]]] = [
     (
         "coefficients of the reference",
         lambda: compile_for_lrp(mlp(), reference=True).run(X)[1].coefficients(0),
-        errors.OptionValueError,
+        errors.ReferenceModeError,
         ["no coefficients"],
     ),
+]
+
+
+CASES += [
+    ("in-place reshape", lambda: compile_for_lrp(Resizes())(X), errors.UnsupportedMutationError, MUTATION),
+    ("site of another output", lambda: ask(0, TwoHeads(), at="b"), errors.SiteWithoutRelevanceError, ["no path leads"]),
+    ("nan", lambda: ask(0, x=X * float("nan"), verify="ledger"), errors.NonFiniteError, ["linear_1", "nan"]),
+    ("illegal program", illegal, errors.VerifierError, ["after pass 'analyse'", "the output gone is gone"]),
+    ("no pattern", lambda: patterns({}), errors.PatternError, ["0.weight", "fit_patterns(model, loader)"]),
+    ("no baselines", lambda: compile_for_lrp(mlp()).attribute(X, 0, baselines=0.0), errors.BaselineError, ["epsilon"]),
+    ("no factory", lambda: load_call("models"), errors.FactoryNotFoundError, ["'models'", "module:factory", "--path"]),
+    ("no model", lambda: load_call("builtins:dict"), errors.FactoryResultError, ["type dict", "(model, args, kwargs)"]),
+    ("array", lambda: compile_for_lrp(mlp())(X.numpy()), errors.UnsupportedArgumentError, ["'0'", "numpy.ndarray"]),
+    ("set", lambda: compile_for_lrp(mlp())(input={1}), errors.UnsupportedArgumentError, ["'input' is a set"]),
+    ("object in", lambda: compile_for_lrp(mlp())(object()), errors.UnsupportedArgumentError, ["'0' is a object"]),
+    (
+        "object out",
+        lambda: compile_for_lrp(Wraps())(X),
+        errors.UnsupportedOutputError,
+        ["Holder", "dataclass"],
+    ),
+    ("function", lambda: compile_for_lrp(torch.sum), errors.NotAModelError, ["builtin", "torch.nn.Module"]),  # type: ignore[arg-type]
+    ("not a composite", lambda: compile_for_lrp(mlp(), None), errors.CompositeError, ["None", "composites.COMPOSITES"]),
+    ("line", lambda: composites.epsilon().override(3), errors.CompositeError, ["'epsilon+'", "line 3", "Matcher"]),  # type: ignore[arg-type]
+    ("class by name", lambda: on("linear"), errors.CompositeError, ["'linear'", "OpClass"]),  # type: ignore[arg-type]
+    ("epsilon", lambda: composites.epsilon(-1.0), errors.RuleParameterError, ["Epsilon", "positive", "Plain()"]),
+    ("bounds", boxed, errors.RuleParameterError, ["ZBox.low", "2 numbers for the 3 channels", "conv2d"]),
+    ("ledger of the reference", interpreted, errors.ReferenceModeError, ["keeps no ledger", "without reference=True"]),
+    ("mask", lambda: ask(0, through={"0": 3}), errors.MaskError, ["'0'", "type int", "tape.activations('0')"]),
+    ("masks", lambda: ask(0, through=["0"]), errors.ArgumentError, ["through=['0']", "Tape.relevance"]),
+    ("site by number", lambda: ask(0, at=0), errors.ArgumentError, ["at=0", "a name or a list of names"]),
+    ("input by number", lambda: compile_for_lrp(mlp()).run(X, wrt=0), errors.ArgumentError, ["wrt=0", "LRPModule.run"]),  # type: ignore[arg-type]
+    ("no inputs", lambda: compile_for_lrp(mlp()).attribute(()), errors.ArgumentError, ["inputs=()", "at least one"]),
+    ("several", lambda: tape().relevance_of_each([]), errors.ArgumentError, ["targets=[]", "at least one target"]),
+    ("start", lambda: tape().coefficients_from({"1": X}, "0"), errors.ArgumentError, ["(2, 3)", "shape (2, 4)"]),
+    ("weights of flat", flat, errors.ParameterRelevanceError, ["'flat'", "0.weight", "composite.override"]),
+    ("not linear", lambda: tape("guided_backprop").linearised(), errors.NotLinearError, ["guided_backprop", "relu"]),
+    ("training", lambda: fit_patterns(mlp(), [X]), errors.PatternFitError, ["training mode", "model.eval()"]),
+    ("autocast", lambda: compile_for_lrp(Casts())(X), errors.UnsupportedRegionError, ["autocast", "test_messages.py"]),
+    ("branching rule", lambda: relu_with(branching), errors.RuleTraceError, ["relu", "'branching' branches", "where"]),
+    ("constant in a rule", lambda: relu_with(constant), errors.RuleTraceError, ["relu", "out of constants"]),
+    ("word of a rule", lambda: relu_with(lambda c, out, x: "c"), errors.RuleResultError, ["a str", "tensor or None"]),
+    ("no tensors", lambda: compile_for_lrp(Constant())(), errors.NoTensorsError, ["Constant", "as tensors"]),
+    ("rules", lambda: compile_for_lrp(mlp(), rules=[1]), errors.OptionValueError, ["rules=[1]", "dict"]),
+    (
+        "plain model",
+        lambda: patch_effects(mlp(), X, X, 0, ["0"]),
+        errors.ArgumentError,
+        ["explained=Sequential"],
+    ),  # type: ignore[arg-type]
+    ("span of a matrix", lambda: ask(seeds.Span(0, 1)), errors.TargetError, ["start_logits"]),
+    ("uneven tuples", lambda: ask([(0,), (0, 1)]), errors.TargetError, ["differ in length"]),
+    ("empty matrix of seeds", lambda: ask(Misshapen()), errors.TargetError, ["its seed is of shape (2, 1)"]),
 ]
 
 
@@ -214,9 +360,49 @@ def test_mistake_is_named(make: Callable[[], Any], kind: type[LRPError], parts: 
 
 
 def test_ids_are_unique_and_every_class_is_exported() -> None:
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LRPError)]
+    kinds = [LRPError, *subclasses(LRPError)]
     assert len({kind.id for kind in kinds}) == len(kinds)
-    assert {kind.__name__ for kind in LRPError.__subclasses__()} <= set(errors.__all__)
+    assert {kind.__name__ for kind in kinds} <= set(errors.__all__)
+
+
+def subclasses(kind: type[LRPError]) -> list[type[LRPError]]:
+    """Every class of refusal of the library, not those that tests define."""
+    direct = [sub for sub in kind.__subclasses__() if sub.__module__.startswith("lrp_compiler")]
+    return direct + [inner for sub in direct for inner in subclasses(sub)]
+
+
+def test_every_class_is_rendered() -> None:
+    """By a call that really fails; each class has a cause and a remedy of its own."""
+    assert set(subclasses(LRPError)) == {kind for _, _, kind, _ in CASES}
+    texts = {(kind.template, kind.hint) for kind in subclasses(LRPError)}
+    assert len(texts) == len(subclasses(LRPError)) and all(all(pair) for pair in texts)
+
+
+class Broken(nn.Module):
+    """Fails by itself, after it has counted in a buffer and drawn random numbers."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        torch.rand(2)
+        raise KeyError("mine")
+
+
+def test_what_the_model_raises_is_its_own() -> None:
+    """Not a refusal of ours, and looking for it leaves no trace."""
+    model, state = Broken(), torch.get_rng_state()
+    with pytest.raises(KeyError, match="mine"):
+        compile_for_lrp(model)(X)
+    assert model.count == 0 and torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'inputs'"):
+        compile_for_lrp(mlp()).run(inputs=X)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        compile_for_lrp(mlp())(torch.ones(2, 5))
 
 
 def test_failed_capture_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
@@ -231,14 +417,6 @@ def test_sites_without_relevance_say_why() -> None:
     with pytest.raises(errors.SiteWithoutRelevanceError, match="inside the recognised gelu_tanh"):
         tape.relevance(case.target, at="tanh")
 
-    class TwoHeads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.a(x), self.b(x)
-
     _, tape = compile_for_lrp(TwoHeads()).run(X)
     with pytest.raises(errors.SiteWithoutRelevanceError, match="no path leads from it"):
         tape.relevance(0, at="b")
@@ -249,8 +427,3 @@ def test_a_composite_that_leaves_an_op_out_is_refused_whole() -> None:
     hole = Composite("hole", ((on(OpClass.LINEAR), Plain()),))
     with pytest.raises(errors.UncoveredOpsError, match="aten::relu as relu in 1"):
         compile_for_lrp(mlp(), hole).attribute(X, 0)
-
-
-def test_epsilon_has_to_be_positive() -> None:
-    with pytest.raises(ValueError, match="positive"):
-        composites.epsilon(-1.0)

@@ -118,7 +118,7 @@ def test_bounds_as_tensors_are_zennits(shape: tuple[int, ...]) -> None:
 
 def test_bounds_that_do_not_fit_are_refused() -> None:
     explained = compile_for_lrp(cnn(), composites.epsilon_gamma_box(torch.zeros(3), 1.0))
-    with pytest.raises(errors.OptionValueError, match=r"ZBox.low.*\(3,\).*input of conv2d.*\(1, 3, 16, 16\)"):
+    with pytest.raises(errors.RuleParameterError, match=r"ZBox.low.*\(3,\).*input of conv2d.*\(1, 3, 16, 16\)"):
         explained.attribute(torch.rand(1, 3, 16, 16), 0)
 
 
@@ -127,10 +127,10 @@ def test_hooks_without_a_rule_are_refused() -> None:
         """A hook of a user's."""
 
     composite = zennit_composites.LayerMapComposite([(nn.Linear, Own())])
-    with pytest.raises(errors.OptionValueError, match="the zennit hook of '9' has no rule of ours"):
+    with pytest.raises(errors.CompositeError, match="the zennit hook of '9' has no rule of ours"):
         compile_for_lrp(cnn(), composite)
     clips = zennit_rules.Epsilon(epsilon=zennit_core.Stabilizer(epsilon=0.1, clip=True))
-    with pytest.raises(errors.OptionValueError, match="clips or scales"):
+    with pytest.raises(errors.CompositeError, match="clips or scales"):
         compile_for_lrp(cnn(), zennit_composites.LayerMapComposite([(nn.Linear, clips)]))
 
 

@@ -58,12 +58,12 @@ def test_all_of_it_is_the_rule_itself() -> None:
 
 def test_fractions_are_checked() -> None:
     for fraction in (0.0, -1.0, 1.5):
-        with pytest.raises(ValueError, match="fraction"):
+        with pytest.raises(errors.RuleParameterError, match="fraction"):
             TopRelevance(Plain(), fraction)
 
 
 def test_the_filter_is_not_linear_in_the_seed() -> None:
     model, x = nn.Linear(3, 2), torch.randn(2, 3)
     tape = compile_for_lrp(model, composites.keep_top(composites.epsilon(), 0.5)).run(x)[1]
-    with pytest.raises(errors.OptionValueError, match="not linear"):
+    with pytest.raises(errors.NotLinearError, match="not linear"):
         tape.linearised()

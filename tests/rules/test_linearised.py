@@ -133,8 +133,8 @@ def test_architectures_are_linear_where_they_are(name: str) -> None:
 def test_what_cannot_be_linearised_is_refused() -> None:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3)
     _, tape = compile_for_lrp(model, "guided_backprop").run(x)
-    with pytest.raises(errors.OptionValueError, match=r"guided_backprop.*not linear in the seed"):
+    with pytest.raises(errors.NotLinearError, match=r"guided_backprop.*not linear in the seed"):
         tape.linearised()
     _, tape = compile_for_lrp(model, composites.linear_interpreter()).run(x)
-    with pytest.raises(errors.OptionValueError, match=r"the sites and their shapes are"):
+    with pytest.raises(errors.ArgumentError, match=r"the sites and their shapes are"):
         tape.linearised().apply({"input": torch.ones(3)})

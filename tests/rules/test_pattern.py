@@ -206,9 +206,9 @@ def test_missing_and_misshapen_patterns_are_refused() -> None:
 
 def test_fitting_refuses_what_it_cannot_estimate() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-    with pytest.raises(errors.OptionValueError, match=r"call model\.eval"):
+    with pytest.raises(errors.PatternFitError, match=r"Call model\.eval"):
         fit_patterns(model, [torch.randn(2, 4)])
-    with pytest.raises(errors.OptionValueError, match="yields no batch"):
+    with pytest.raises(errors.PatternFitError, match="yields no batch"):
         fit_patterns(model.eval(), [])
-    with pytest.raises(errors.OptionValueError, match="two_component"):
+    with pytest.raises(errors.PatternFitError, match="two_component"):
         fit_patterns(model, [torch.randn(2, 4)], "best")  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrp_compiler import Composite, compile_for_lrp, composites
+from lrp_compiler import Composite, compile_for_lrp, composites, errors
 from lrp_compiler.rules import AlphaBeta, Flat, Gamma, Rule, WSquare, ZBox, ZPlus, on
 
 EPSILON = 1e-6
@@ -165,9 +165,9 @@ def test_linear_layers_of_any_size(batch: int, inputs: int, outputs: int, rule: 
 
 
 def test_parameters_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="alpha - beta must be 1"):
+    with pytest.raises(errors.RuleParameterError, match="alpha - beta must be 1"):
         AlphaBeta(alpha=2.0, beta=0.5)
-    with pytest.raises(ValueError, match="at least 0"):
+    with pytest.raises(errors.RuleParameterError, match="at least 0"):
         Gamma(gamma=-1.0)
 
 
