@@ -242,7 +242,7 @@ class LRPModule(nn.Module):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], at: Names, wrt: Names, varied: tuple[str, ...]
     ) -> tuple[ExplainedCall, Request]:
         """The compiled form of a call and what its forward pass prepares for, with code that holds for its sizes."""
-        attributed = None if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
+        attributed = _as_names(wrt)
         while True:
             call = self._compiler.call(self._model, args, kwargs)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from lrp_compiler import (
 )
 from lrp_compiler.cli import load_call
 from lrp_compiler.passes.errors import LRPError
+from lrp_compiler.passes.rules.base import Edges, Sinks
+from lrp_compiler.passes.site import Site
 from lrp_compiler.passes.verify import verify
 from lrp_compiler.registry import REGISTRY
 from lrp_compiler.rules import OpClass, Plain, on
@@ -127,10 +130,25 @@ class Resizes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x * 2
         y.unsqueeze_(0)
+        y.add_(1)
         return y
 
 
-MUTATION = ["unsqueeze_", "test_messages.py", "y.unsqueeze_(0)"]
+MUTATION = ["add_", "test_messages.py", "y.add_(1)"]
+
+
+@dataclass(frozen=True)
+class SettlingSinks(Plain):
+    """Its sinks are for one batch size."""
+
+    def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
+        return {"batch": site.scale(edge, int(edge.meta["val"].shape[0]))}
+
+
+def unsettled() -> Any:
+    explained = compile_for_lrp(mlp(), rules={torch.ops.aten.relu.default: SettlingSinks()})
+    tapes = [explained.run(torch.randn(batch, 3))[1] for batch in (2, 3, 5)]
+    return tapes[-1].sinks(0)
 
 
 class TwoHeads(nn.Module):
@@ -298,6 +316,7 @@ CASES: list[tuple[str, Callable[[], Any], type[LRPError], list[str]]] = [
 
 CASES += [
     ("in-place reshape", lambda: compile_for_lrp(Resizes())(X), errors.UnsupportedMutationError, MUTATION),
+    ("sizes of another call", unsettled, errors.SizesError, ["shape (5, 3)", "Run the model again"]),
     ("site of another output", lambda: ask(0, TwoHeads(), at="b"), errors.SiteWithoutRelevanceError, ["no path leads"]),
     ("nan", lambda: ask(0, x=X * float("nan"), verify="ledger"), errors.NonFiniteError, ["linear_1", "nan"]),
     ("illegal program", illegal, errors.VerifierError, ["after pass 'analyse'", "the output gone is gone"]),
