@@ -58,6 +58,7 @@ def electra() -> Call:
 def deberta() -> Call:
     config = transformers.DebertaV2Config(
         **shared(
+            num_hidden_layers=1,
             relative_attention=True,
             position_buckets=4,
             pos_att_type=["p2c", "c2p"],

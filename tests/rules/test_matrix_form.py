@@ -306,6 +306,7 @@ MOVES = {
     "where_constant": op(lambda a, k: torch.where(torch.eye(3).bool(), a, k), (3, 3), constant=(3, 3)),
     "tril": op(torch.tril, (3, 3)),
     "unfold": op(lambda x: x.unfold(1, 3, 1), (2, 5)),
+    "nan_to_num": op(lambda x: torch.nan_to_num(x, 2.0), (2, 3)),
     "pixel_shuffle": op(lambda x: F.pixel_shuffle(x, 2), (1, 4, 2, 3)),
     "channel_shuffle": op(lambda x: nn.ChannelShuffle(3)(x), (1, 6, 2, 2)),
     "max_unpool2d": op(lambda x: F.max_unpool2d(x, torch.tensor([[[[0, 6], [8, 15]]]]), 2), (1, 1, 2, 2)),
