@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lrp_compiler.passes.linear_map import in_full_precision
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Mutation, Program, carries_float, tensor_of
 from lrp_compiler.passes.rewriter import Replacement, Rewriter
@@ -122,6 +123,18 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     return x * scaled
 
 
+def _gated_linear_unit(rewriter: _Canonicaliser, node: fx.Node) -> fx.Node:
+    gated: fx.Node = rewriter.emitter(gated_linear_unit, bound(node)["self"], bound(node)["dim"])
+    return gated
+
+
+def gated_linear_unit(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """a * sigmoid(b) of the halves of ``x`` along ``dim``; like torch's kernel, 16-bit numbers in float32."""
+    value, gate = aten.chunk.default(in_full_precision(x), 2, dim)
+    gated: torch.Tensor = value * torch.sigmoid(gate)
+    return gated.to(x.dtype) if gated.dtype != x.dtype else gated
+
+
 def _attention(rewriter: _Canonicaliser, node: fx.Node) -> Replacement:
     """CPU attention that eager runs as flash keeps its log-sum-exp; what eager runs as plain math is opened."""
     a = bound(node)
@@ -207,5 +220,6 @@ REWRITES: dict[str, Rewrite] = {
     "aten::max_pool2d": _max_pool(aten.max_pool2d_with_indices.default),
     "aten::max_pool3d": _max_pool(aten.max_pool3d_with_indices.default),
     "aten::dropout": _dropout,
+    "aten::glu": _gated_linear_unit,
     "aten::scaled_dot_product_attention": _attention,
 }

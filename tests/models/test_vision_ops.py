@@ -27,6 +27,7 @@ OPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "trilinear": (lambda x: F.interpolate(x, (5, 2, 6), mode="trilinear", align_corners=True), VOLUME),
     "channel_shuffle": (nn.ChannelShuffle(2), IMAGE),
     "unpooled": (lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), (2, 4, 6, 4)),
+    "gated_linear_unit": (lambda x: F.glu(x, 1), IMAGE),
     "instance_norm": (lambda x: F.instance_norm(x), IMAGE),
     "local_response_norm": (lambda x: F.local_response_norm(x, 3), IMAGE),
     "shifted_windows": (lambda x: x.roll((-1, -1), (2, 3)).unfold(2, 3, 3).amax(-1), IMAGE),
@@ -59,6 +60,23 @@ def test_op_keeps_its_bits_and_conserves(name: str) -> None:
     assert torch.equal(out, model(x.double()))
     ledger = tape.ledger(torch.randn_like(out))
     assert ledger.rows and all(row.relative_gap <= 1e-10 for row in ledger.rows), ledger
+
+
+def test_gated_linear_units_share_between_value_and_gate() -> None:
+    """The product's half rule, and the identity rule of the sigmoid: y / 2 to either half of the input."""
+    x = torch.randn(3, 6, 5, dtype=torch.float64)
+    out, tape = compile_for_lrp(nn.GLU(1), "attnlrp").run(x)
+    to_value, to_gate = tape.relevance(torch.ones_like(out)).chunk(2, 1)
+    torch.testing.assert_close(to_value, out / 2)
+    # What passed the sigmoid is divided by the gate's input, stabilised by 1e-6.
+    divisible = x[:, 3:].abs() > 0.1
+    torch.testing.assert_close(to_gate[divisible], out[divisible] / 2, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_linear_units_keep_their_bits(dtype: torch.dtype) -> None:
+    x = (3 * torch.randn(4, 8, 33)).to(dtype)
+    assert torch.equal(compile_for_lrp(nn.GLU(1))(x), F.glu(x, 1))
 
 
 @pytest.mark.parametrize("name", ["efficientnet_v2", "mobilenet_v3", "vgg16_batch_norm", "unet"])
