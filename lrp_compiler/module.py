@@ -209,7 +209,7 @@ class LRPModule(nn.Module):
             with torch.no_grad():
                 _, tape = self.run(*args, wrt=wrt, **kwargs)
             conservation = measured_conservation(tape.ledger(Predicted() if target is None else target))
-        return make_report(type(self._model).__name__, stages, executable, explained, conservation)
+        return make_report(type(self._model).__name__, stages, executable, explained, conservation, self.compilations)
 
     def coverage(self, *args: Any, wrt: Names = None, **kwargs: Any) -> Coverage:
         """What becomes of every op of this kind of call, also of one that cannot be explained.

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lrp_compiler.captures import Compilation
 from lrp_compiler.compiled import ExplainedCall
 from lrp_compiler.coverage import (
     ConversionRow,
@@ -34,9 +35,9 @@ class Report:
     groups of ops per kind; ``promises`` the forward values that relevance reads; ``buffers`` where each is kept;
     ``demanded`` the values beyond those that autograd keeps which propagating relevance itself would ask for
     (``passes/demand.py``), ``still_demanded`` those of them that propagating coefficients reads as well;
-    ``specialised`` the inputs whose values the code holds, so that others compile anew; ``sites`` every name that
-    ``at=`` takes; ``conserves`` whether the composite claims that inputs and named sinks make up the output,
-    ``conservation`` what was measured.
+    ``specialised`` the inputs whose values the code holds, so that others compile anew; ``compilations`` every tracing
+    of the model so far, in which form and why; ``sites`` every name that ``at=`` takes; ``conserves`` whether the
+    composite claims that inputs and named sinks make up the output, ``conservation`` what was measured.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Report:
     demanded: int
     still_demanded: int
     specialised: tuple[str, ...]
+    compilations: tuple[Compilation, ...]
     coverage: Coverage
     sites: tuple[str, ...]
     conserves: bool
@@ -117,6 +119,8 @@ class Report:
             indented(op_table(self.ops)),
             "  conserves " + self._conservation(),
         ]
+        if len(self.compilations) > 1:
+            lines += ["  traced", *(f"    {compilation}" for compilation in self.compilations)]
         if self.specialised:
             lines.append(f"  constants values of {', '.join(self.specialised)}: others are compiled anew")
         if self.stopped:
@@ -165,6 +169,7 @@ def make_report(
     executable: Executable,
     explained: ExplainedCall,
     conservation: Conservation | None,
+    compilations: tuple[Compilation, ...],
 ) -> Report:
     """Collect the report from the stages of one request."""
     program = explained.program
@@ -196,6 +201,7 @@ def make_report(
         demanded=len(demanded),
         still_demanded=sum(pair in read for pair in demanded),
         specialised=tuple(spec.target for spec in program.inputs if spec.node in {pin.input for pin in program.pins}),
+        compilations=compilations,
         coverage=measure_coverage(model, stages, codegen=executable.milliseconds),
         sites=tuple(site_table(program)),
         conserves=composite.conserves,

@@ -190,6 +190,7 @@ def test_dynamic_can_be_turned_off() -> None:
     for batch in (2, 3, 4):
         explained(torch.randn(batch, 4))
     assert [compilation.form for compilation in explained.compilations] == ["static"] * 3
+    assert "  traced\n    [2, 4]: static (first call of its kind)" in str(explained.report(torch.randn(4, 4)))
     assert "dynamic=False" in explained.compilations[1].reason
 
 

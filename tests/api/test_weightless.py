@@ -48,7 +48,7 @@ def calls() -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:
 def facts(report: Report) -> dict[str, Any]:
     """All of a report but how long it took."""
     found = report.to_dict()
-    del found["coverage"]["milliseconds"]
+    del found["coverage"]["milliseconds"], found["compilations"]
     return found
 
 
