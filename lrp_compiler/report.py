@@ -8,10 +8,11 @@ from typing import Any
 
 from lrp_compiler.compiled import ExplainedCall
 from lrp_compiler.ledger import Ledger
+from lrp_compiler.passes.branches import forward_nodes_everywhere, relevance_nodes_everywhere
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.pipeline import Stage
-from lrp_compiler.passes.program import Buffer, BufferKind, facts, forward_nodes
+from lrp_compiler.passes.program import Buffer, BufferKind, facts
 from lrp_compiler.sites import site_table
 
 
@@ -128,14 +129,13 @@ def make_report(
 ) -> Report:
     """Collect the report from the stages of one request."""
     program = explained.program
-    live = [node for node in forward_nodes(program) if facts(node).live and node.op == "call_function"]
+    live = [node for node in forward_nodes_everywhere(program) if facts(node).live and node.op == "call_function"]
     patterns = [pattern for node in live if (pattern := facts(node).pattern) is not None]
     flowing = [node for node in live if facts(node).flows and facts(node).rule is not None]
     names = explained.explainable_outputs()
     (chosen,) = executable.program.seeds
-    relevance = executable.program.relevance_graph
     composite = program.composite
-    assert composite is not None and relevance is not None
+    assert composite is not None
     return Report(
         model=model,
         composite=composite.name,
@@ -143,9 +143,9 @@ def make_report(
         inputs=dict(program.sources),
         outputs=tuple(names),
         explained_output=next(name for name, index in names.items() if index == chosen),
-        forward_ops=sum(node.op == "call_function" for node in forward_nodes(program)),
+        forward_ops=sum(node.op == "call_function" for node in forward_nodes_everywhere(program)),
         live_ops=len(live),
-        relevance_ops=sum(node.op == "call_function" for node in relevance.nodes),
+        relevance_ops=sum(node.op == "call_function" for node in relevance_nodes_everywhere(executable.program)),
         rules=dict(sorted(Counter((op_name(node), str(facts(node).rule)) for node in flowing).items())),
         stopped=dict(Counter(op_name(node) for node in live if facts(node).rule is not None and not facts(node).flows)),
         patterns=dict(Counter(pattern.kind for pattern in patterns)),

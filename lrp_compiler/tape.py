@@ -16,6 +16,7 @@ from lrp_compiler.attention_sites import attention_sites
 from lrp_compiler.compiled import Compiler, ExplainedCall, live_value, output_names, rebuild_output
 from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.linearised import Linearised
+from lrp_compiler.passes.branches import forward_nodes_everywhere
 from lrp_compiler.passes.errors import OptionValueError, OutputError, UnknownSiteError
 from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts
 from lrp_compiler.passes.rules.base import EdgeKind
@@ -169,7 +170,7 @@ class Tape:
 
         Raises OptionValueError for a composite with a rule that is not linear in the seed.
         """
-        for node in self.program.graph.nodes:
+        for node in forward_nodes_everywhere(self.program):
             rule = facts(node).rule
             if rule is not None and not rule.linear_in_seed:
                 cause = f"the rule '{rule}' of {node.name} is not linear in the seed"

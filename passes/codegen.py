@@ -11,8 +11,9 @@ import torch
 from torch import fx
 
 from lrp_compiler.kernels.attention import attention_backward
+from lrp_compiler.passes.branches import Conditional, ConditionalRelevance, kept_names, read_names, rule_tensors
 from lrp_compiler.passes.lower_promises import free_values, recorded_values, reference_values, saved_values
-from lrp_compiler.passes.program import Program, copy_graph
+from lrp_compiler.passes.program import Constant, Program, copy_graph
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,7 @@ class Executable:
     def differentiable(self) -> Callable[..., tuple[Any, ...]]:
         """``relevance`` with plain products in place of fused ops whose result torch cannot differentiate again."""
         assert self.program.relevance_graph is not None
-        graph = copy_graph(self.program.relevance_graph)
-        for node in graph.nodes:
-            node.target = DIFFERENTIABLE.get(node.target, node.target)
-        return _compiled(graph, "differentiable_relevance")
+        return _compiled(self.program.relevance_graph, "differentiable_relevance", differentiable=True)
 
 
 DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
@@ -62,6 +60,51 @@ def codegen(program: Program) -> Executable:
     )
 
 
-def _compiled(graph: fx.Graph, name: str) -> Callable[..., tuple[Any, ...]]:
+def _compiled(graph: fx.Graph, name: str, *, differentiable: bool = False) -> Callable[..., tuple[Any, ...]]:
+    graph = copy_graph(graph)
+    for node in graph.nodes:
+        if isinstance(node.target, Conditional):
+            node.target = _forward_taken(node.target.branches)
+        elif isinstance(node.target, ConditionalRelevance):
+            node.target = _relevance_taken(node.target.branches, differentiable)
+        elif differentiable:
+            node.target = DIFFERENTIABLE.get(node.target, node.target)
     function: Callable[..., tuple[Any, ...]] = fx.GraphModule(torch.nn.Module(), graph, class_name=name).forward
     return function
+
+
+def _forward_taken(branches: tuple[Program, ...]) -> Callable[..., tuple[Any, ...]]:
+    """Code that runs one branch of a torch.cond: its outputs, then what each branch keeps for relevance."""
+    codes = [_compiled(branch.graph, "forward") for branch in branches]
+    tensors = [tuple(rule_tensors(branch).values()) for branch in branches]
+    kept = [len(kept_names(branch)) for branch in branches]
+
+    def cond(predicate: Any, *operands: Any) -> tuple[Any, ...]:
+        side = 0 if predicate else 1
+        values = iter(codes[side](*operands, *tensors[side]))
+        outputs = [leaf.value if isinstance(leaf, Constant) else next(values) for leaf in branches[side].outputs]
+        nothing = [None] * kept[1 - side]
+        return (*outputs, *values, *nothing) if side == 0 else (*outputs, *nothing, *values)
+
+    return cond
+
+
+def _relevance_taken(branches: tuple[Program, ...], differentiable: bool) -> Callable[..., tuple[Any, ...]]:
+    """Code that runs the relevance of the branch that was taken."""
+    codes = []
+    for branch in branches:
+        assert branch.relevance_graph is not None
+        codes.append(_compiled(branch.relevance_graph, "relevance", differentiable=differentiable))
+    tensors = [rule_tensors(branch) for branch in branches]
+    free = [free_values(branch) for branch in branches]
+    reads = [len(read_names(branch)) for branch in branches]
+
+    def cond_relevance(predicate: Any, *values: Any) -> tuple[Any, ...]:
+        side = 0 if predicate else 1
+        start = side * reads[0]
+        read = iter(values[start : start + reads[side]])
+        known = tensors[side]
+        inputs = [known[name] if name in known else next(read) for name in free[side]]
+        return codes[side](*inputs, *read, *values[sum(reads) :])
+
+    return cond_relevance

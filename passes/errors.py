@@ -6,6 +6,9 @@ from typing import ClassVar
 
 from torch import fx
 
+NOT_THE_USERS = ("/torch/", '"<eval_with_key>')
+"""What marks a line of a stack trace as torch's own, or as written by torch."""
+
 
 class LRPError(Exception):
     """Base of every refusal; ``str(error)`` holds id, cause, source line and hint.
@@ -178,18 +181,24 @@ class BaselineError(LRPError):
     hint = "{remedy}"
 
 
+class RegionError(CaptureError):
+    id = "LRP024"
+    template = "the region {region} cannot be explained: relevance enters no region but torch.cond"
+    hint = "{remedy}"
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")
 
 
 def user_source_of_trace(stack_trace: str) -> str | None:
-    """The last ``File "...", line N`` entry of a stack trace that does not lie inside torch."""
+    """The last ``File "...", line N`` entry of a stack trace that is the user's."""
     lines = stack_trace.splitlines()
     found = None
     for number, line in enumerate(lines):
         text = line.strip()
-        if text.startswith('File "') and "/torch/" not in text:
+        if text.startswith('File "') and not any(place in text for place in NOT_THE_USERS):
             path, rest = text[len('File "') :].split('", line ', 1)
             code = lines[number + 1].strip() if number + 1 < len(lines) else ""
             found = f"{path}:{rest.split(',')[0]} {code}".rstrip()

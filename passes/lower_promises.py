@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from lrp_compiler.passes.emitter import PROMISES, reference_promise
@@ -18,7 +19,9 @@ from lrp_compiler.passes.program import (
     facts,
     first_argument,
     tensor_of,
+    value_of,
 )
+from lrp_compiler.passes.promise_branches import promise_branches
 
 VIEWS = aten_names("view transpose permute expand unsqueeze squeeze select slice t unflatten alias detach")
 TUPLE_VIEWS = aten_names("split split_with_sizes chunk unbind")
@@ -31,6 +34,7 @@ def lower_promises(program: Program) -> Program:
     ``buffers`` lists them.
     """
     program = program.fork()
+    promise_branches(program)
     read_by: dict[tuple[fx.Node, BufferKind], list[str]] = {}
     replayed: dict[Any, dict[fx.Node, fx.Node]] = {target: {} for target in PROMISES}
     views: list[Buffer] = []
@@ -85,7 +89,10 @@ def _replay(graph: fx.Graph, value: fx.Node, before: fx.Node, replayed: dict[fx.
 
 
 def _buffer(node: fx.Node, kind: BufferKind, readers: list[str], program: Program) -> Buffer:
-    value = tensor_of(node)
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        # A number (an item, a predicate); python's own take eight bytes.
+        return Buffer(node.name, kind, 8, type(value).__name__.removeprefix("Sym").lower(), (), tuple(readers))
     size = value.numel() * value.element_size() if kind in ("saved", "reference") else 0
     dtype = str(value.dtype).removeprefix("torch.")
     return Buffer(node.name, kind, size, dtype, tuple(value.shape), tuple(readers))

@@ -92,6 +92,14 @@ class Emitter:
         self._mark(node)
         return node
 
+    def region(self, target: Callable[..., Any], args: tuple[fx.Node, ...], value: Any) -> fx.Node:
+        """Emit one call of a region, whose fake value is known."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, tuple(self.resolve(arg) for arg in args))
+        node.meta["val"] = value
+        self._mark(node)
+        return node
+
     def resolve(self, node: fx.Node) -> fx.Node:
         """The node that stands for ``node`` where emitted code reads it."""
         return node
