@@ -33,7 +33,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     because of a packed sequence.
     """
     args, kwargs = _distinct(args, kwargs)
-    with _quiet(), _without_kv_cache(model), _without_attention_fastpath():
+    with _quiet(), _without_kv_cache(model), _without_attention_fastpath(), _with_static_branches(model):
         try:
             exported = torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:
@@ -162,6 +162,21 @@ def _without_kv_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in changed:
             config.use_cache = True
+
+
+@contextlib.contextmanager
+def _with_static_branches(model: nn.Module) -> Iterator[None]:
+    """Inside torch.export torch.cond takes sizes for variables, and then refuses convolutions without padding."""
+
+    def keep_sizes(*_: Any) -> None:
+        # Export puts its own settings in place before it calls the model, and the user's back afterwards.
+        torch._dynamo.config.assume_static_by_default = True
+
+    handle = model.register_forward_pre_hook(keep_sizes)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

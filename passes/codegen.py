@@ -8,12 +8,19 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lrp_compiler.kernels.attention import attention_backward
-from lrp_compiler.passes.branches import Conditional, ConditionalRelevance, kept_names, read_names, rule_tensors
+from lrp_compiler.passes.branches import (
+    Conditional,
+    ConditionalRelevance,
+    kept_names,
+    operand_names,
+    read_names,
+    rule_tensors,
+)
 from lrp_compiler.passes.lower_promises import free_values, recorded_values, reference_values, saved_values
-from lrp_compiler.passes.program import Constant, Program, copy_graph
+from lrp_compiler.passes.program import Constant, Program, copy_graph, is_float
 
 
 @dataclass(frozen=True)
@@ -78,15 +85,46 @@ def _forward_taken(branches: tuple[Program, ...]) -> Callable[..., tuple[Any, ..
     codes = [_compiled(branch.graph, "forward") for branch in branches]
     tensors = [tuple(rule_tensors(branch).values()) for branch in branches]
     kept = [len(kept_names(branch)) for branch in branches]
+    unread = [_unread(branch) for branch in branches]
 
     def cond(predicate: Any, *operands: Any) -> tuple[Any, ...]:
         side = 0 if predicate else 1
         values = iter(codes[side](*operands, *tensors[side]))
         outputs = [leaf.value if isinstance(leaf, Constant) else next(values) for leaf in branches[side].outputs]
+        outputs = _with_zero_gradients(outputs, [operands[place] for place in unread[side]])
         nothing = [None] * kept[1 - side]
         return (*outputs, *values, *nothing) if side == 0 else (*outputs, *nothing, *values)
 
     return cond
+
+
+def _unread(branch: Program) -> list[int]:
+    """The positions of the operands that only another branch reads."""
+    nodes = branch.nodes_by_name()
+    return [place for place, name in enumerate(operand_names(branch)) if not nodes[name].users]
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """The identity, with gradients of zero for further tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
+        # Not a view to autograd, so that the output can be changed in place as ever.
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return (*grads, *(torch.zeros_like(other) for other in ctx.saved_tensors))
+
+
+def _with_zero_gradients(outputs: list[Any], others: list[Any]) -> list[Any]:
+    """The outputs of a branch; torch.cond gives what only the other branch reads a gradient of zero, not of None."""
+    trained = [other for other in others if other.requires_grad]
+    first = next((place for place, value in enumerate(outputs) if is_float(value)), None)
+    if not trained or first is None or not torch.is_grad_enabled():
+        return outputs
+    return [*outputs[:first], _ZeroGradients.apply(outputs[first], *trained), *outputs[first + 1 :]]  # type: ignore[no-untyped-call]
 
 
 def _relevance_taken(branches: tuple[Program, ...], differentiable: bool) -> Callable[..., tuple[Any, ...]]:
