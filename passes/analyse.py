@@ -12,6 +12,7 @@ from lrp_compiler.passes.branches import Conditional, operand_names, operands_of
 from lrp_compiler.passes.errors import NoAttributableInputError, UnknownInputError
 from lrp_compiler.passes.optable import OpClass, aten_names, classify, op_name
 from lrp_compiler.passes.program import InputKind, Program, carries_float, facts, is_float, learn
+from lrp_compiler.passes.trace import holds_number
 
 RECTIFIERS = aten_names("relu relu6 abs sigmoid hardsigmoid softplus exp square softmax _softmax sqrt")
 SIGN_KEEPERS = aten_names(
@@ -79,6 +80,8 @@ def _mark_non_negative(program: Program, known: set[fx.Node]) -> None:
         keeps = name in SIGN_KEEPERS or node.target is operator.getitem
         numbers.append(node.kwargs.get("alpha", 1))
         kept = keeps and floats and all(operand in known for operand in floats) and all(n >= 0 for n in numbers)
+        # A number known only when the model runs may have either sign.
+        kept = kept and not any(holds_number(operand) for operand in node.all_input_nodes)
         if name in RECTIFIERS or kept:
             known.add(node)
             learn(node, non_negative=True)
@@ -170,6 +173,7 @@ def _mark_varying(program: Program, changed: set[fx.Node]) -> None:
             continue
         # The reference run repeats the random numbers, and these ops take of their arguments the shapes alone.
         by_shape = op_name(node) in OF_SHAPE_ALONE or node.target is torch.ops.aten.bernoulli.p
+        by_shape = by_shape and not any(holds_number(argument) for argument in node.all_input_nodes)
         if node in varying or (not by_shape and any(argument in varying for argument in node.all_input_nodes)):
             varying.add(node)
             learn(node, varies=True)

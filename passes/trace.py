@@ -21,11 +21,20 @@ Emitted = Any
 """A node, None, or a tree of those: what a traced function returned."""
 
 
+SCALARS = (torch.SymFloat, torch.SymInt, torch.SymBool)
+"""The fake values of nodes that hold python numbers (what ``.item()`` gives and python makes of it)."""
+
+
+def holds_number(node: fx.Node) -> bool:
+    """Whether ``node`` holds a python number that is known only when the model runs."""
+    return isinstance(node.meta.get("val"), SCALARS)
+
+
 def signature(value: object) -> object:
-    """What of a fake value decides how it traces: sizes, strides, dtype and device."""
+    """What of a fake value decides how it traces: sizes, strides, dtype and device; a number's type."""
     if isinstance(value, torch.Tensor):
         return (tuple(value.shape), value.stride(), value.dtype, value.device)
-    return value
+    return type(value) if isinstance(value, SCALARS) else value
 
 
 @dataclass
@@ -160,7 +169,7 @@ def trace(
 ) -> fx.GraphModule:
     """Trace ``fn`` over tensors like ``fakes`` to ATen nodes; dead nodes are removed."""
     with fake_mode, torch.no_grad():
-        fresh = [torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device) for fake in fakes]
+        fresh = [_fresh(fake) for fake in fakes]
         table = {opened: opened.decompose} if opened is not None else None
         traced = make_fx(fn, decomposition_table=table, pre_dispatch=not autograd)(*fresh)
         if any(getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in traced.graph.nodes):
@@ -172,6 +181,13 @@ def trace(
         if node.target is operator.getitem and "val" not in node.meta:
             node.meta["val"] = value_of(node.args[0])[node.args[1]]
     return traced
+
+
+def _fresh(fake: Any) -> Any:
+    """A tensor like ``fake``; a number stays itself, and a graph input."""
+    if isinstance(fake, SCALARS):
+        return fake
+    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
 
 
 def _rewire(graph: fx.Graph) -> None:
