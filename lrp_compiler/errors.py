@@ -3,6 +3,7 @@
 from lrp_compiler.passes.errors import (
     BaselineError,
     CaptureError,
+    DataDependentError,
     DerivativeError,
     DeviceMismatchError,
     DuplicateRuleError,
@@ -30,6 +31,7 @@ from lrp_compiler.passes.errors import (
 __all__ = [
     "BaselineError",
     "CaptureError",
+    "DataDependentError",
     "DerivativeError",
     "DeviceMismatchError",
     "DuplicateRuleError",

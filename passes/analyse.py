@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from lrp_compiler.passes.branches import Conditional, operand_names, operands_of, outputs_of, read_output
+from lrp_compiler.passes.data_dependence import refuse_sizes
 from lrp_compiler.passes.errors import NoAttributableInputError, UnknownInputError
 from lrp_compiler.passes.optable import OpClass, aten_names, classify, op_name
 from lrp_compiler.passes.program import InputKind, Program, carries_float, facts, is_float, learn
@@ -35,7 +36,8 @@ def analyse(program: Program, attributed: tuple[str, ...] | None = None, varied:
 
     A float input is its own source; an integer input's sources are the outputs of the embeddings it indexes.
     ``varied`` names further inputs that a reference run changes, beside the attributed ones.
-    Raises UnknownInputError for a name that is no input, NoAttributableInputError when nothing has a source.
+    Raises UnknownInputError for a name that is no input, NoAttributableInputError when nothing has a source,
+    DataDependentError where a live value has no fixed size.
     """
     program = program.fork()
     nodes = program.nodes_by_name()
@@ -53,6 +55,7 @@ def analyse(program: Program, attributed: tuple[str, ...] | None = None, varied:
         described = ", ".join(f"'{name}' is {_describe(tensors[name])}" for name in tensors)
         raise NoAttributableInputError(cause=described or "the model takes no tensors")
     _mark_live(program, {name for found in sources.values() for name in found})
+    refuse_sizes(program)
     _mark_non_negative(program, set())
     changed = tuple(dict.fromkeys((*sources, *varied)))
     _mark_varying(program, {tensors[name] for name in changed})

@@ -15,6 +15,7 @@ from torch.export.graph_signature import ConstantArgument
 from torch.export.graph_signature import InputKind as ExportKind
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.passes.data_dependence import refusal
 from lrp_compiler.passes.errors import CaptureError, RecurrentError, user_source_of_trace
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, learn
 
@@ -29,8 +30,8 @@ KINDS = {
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """Trace one call of ``model`` with torch.export (non-strict, training IR).
 
-    Raises CaptureError, with the user's source line, when the call cannot be traced, RecurrentError when that is
-    because of a packed sequence.
+    Raises CaptureError, with the user's source line, when the call cannot be traced; DataDependentError when that is
+    because python decides by a tensor's value, RecurrentError when it is because of a packed sequence.
     """
     args, kwargs = _distinct(args, kwargs)
     with _quiet(), _without_kv_cache(model), _without_attention_fastpath(), _with_static_branches(model):
@@ -44,6 +45,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                     remedy="Pass samples one by one, or padded batches to modules that read forward only.",
                     source=_blame(error),
                 ) from error
+            if (refused := refusal(type(model).__name__, error, _blame(error))) is not None:
+                raise refused from error
             cause = str(error).strip().splitlines() or [type(error).__name__]
             raise CaptureError(
                 model=type(model).__name__, cause=f"{type(error).__name__}: {cause[0]}", source=_blame(error)

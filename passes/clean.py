@@ -11,7 +11,7 @@ from torch import fx
 
 from lrp_compiler.passes.branches import Conditional
 from lrp_compiler.passes.program import Constant, Program, first_argument, is_float, tensor_of
-from lrp_compiler.passes.regions import COND_REGION, branch_program, region_error
+from lrp_compiler.passes.regions import COND_REGION, VMAP_MODULES, branch_program, region_error
 
 aten = torch.ops.aten
 GRAD_REGION = "wrap_with_set_grad_enabled"
@@ -64,6 +64,8 @@ class _Cleaner:
             self.enter(node, values)
         elif node.target is operator.getitem and isinstance(values[first_argument(node)], (tuple, list)):
             values[node] = values[first_argument(node)][node.args[1]]
+        elif getattr(node.target, "__module__", None) in VMAP_MODULES:
+            raise region_error("vmap", node)
         elif _is_dropped(node):
             values[node] = None
         elif _is_identity(node):

@@ -35,8 +35,8 @@ class CaptureError(LRPError):
     id = "LRP001"
     template = "{model} could not be traced: {cause}"
     hint = (
-        "Python control flow that depends on tensor values cannot be captured; write it with torch.cond or"
-        " torch.where, or move it out of forward."
+        "forward has to consist of tensor operations that torch.export can trace; move numpy, other libraries and"
+        " python that looks into tensors out of it."
     )
 
 
@@ -178,6 +178,12 @@ class RecurrentError(LRPError):
 class BaselineError(LRPError):
     id = "LRP022"
     template = "baseline of '{name}': {cause}"
+    hint = "{remedy}"
+
+
+class DataDependentError(CaptureError):
+    id = "LRP023"
+    template = "{model} cannot be explained: {cause}"
     hint = "{remedy}"
 
 

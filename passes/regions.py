@@ -11,11 +11,14 @@ from lrp_compiler.passes.errors import RegionError, user_source
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, learn, output_node
 
 COND_REGION = "cond"
+VMAP_MODULES = frozenset({"torch._functorch.predispatch", "torch._functorch.vmap", "torch._C._functorch"})
+"""Where the functions come from that open and close what torch.vmap maps."""
 REMEDIES = {
     "while_loop": "Use a python loop with a fixed number of steps; steps past the end can be masked by torch.where.",
     "map_impl": "Write map as a batched operation, or as a python loop over a fixed number of slices.",
     "scan": "Write the scan as a python loop over its steps; selective scans are recognised in that form.",
     "associative_scan": "Write the scan as a python loop over its steps, or as cumsum where it is a running sum.",
+    "vmap": "Write the function for a whole batch; most operations broadcast over leading dimensions.",
     "wrap_with_autocast": "Compute under autocast in the whole call, or cast by hand where precision matters.",
 }
 """Regions that torch can capture and relevance cannot enter -> what to write instead."""

@@ -27,6 +27,11 @@ class Branches(nn.Module):
         return x
 
 
+class ThroughNumpy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.from_numpy(x.numpy() + 1)
+
+
 class Counts(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return ids.float().mean(1)
@@ -109,8 +114,14 @@ CASES: list[tuple[str, Callable[[], Any], type[LRPError], list[str]]] = [
     (
         "branch",
         lambda: compile_for_lrp(Branches())(X),
-        errors.CaptureError,
+        errors.DataDependentError,
         ["torch.cond", "if x.sum() > 0:"],
+    ),
+    (
+        "numpy in forward",
+        lambda: compile_for_lrp(ThroughNumpy())(X),
+        errors.CaptureError,
+        ["ThroughNumpy could not be traced", "x.numpy()", "numpy"],
     ),
     (
         "uncovered ops",
