@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lrp_compiler.composites import composite_named
 from lrp_compiler.passes.codegen import codegen
+from lrp_compiler.passes.pin import pin
 from lrp_compiler.passes.pipeline import CAPTURE, EMIT, EXPLAIN, compile_forward
 from lrp_compiler.passes.pipeline import run as run_pass
 from lrp_compiler.passes.program import Program, Request
@@ -69,7 +70,7 @@ def compiled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     with torch.no_grad():
         history = timed(spent, "capture", run_pass, CAPTURE[0], (), model, args, kwargs)
         for one in CAPTURE[1:]:
-            history = timed(spent, one.__name__, run_pass, one, history)
+            history = timed(spent, one.__name__, run_pass, one, history, *((model, args, kwargs) if one is pin else ()))
         timed(spent, "codegen", compile_forward, history)
         for one, settings in zip(EXPLAIN, ((), (composite_named(COMPOSITE),)), strict=True):
             history = timed(spent, one.__name__, run_pass, one, history, *settings)

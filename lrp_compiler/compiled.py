@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.captures import CapturedCall, Captures
 from lrp_compiler.composites import AUTO, choose_composite, composite_named
 from lrp_compiler.options import Options
+from lrp_compiler.passes.branches import forward_nodes_everywhere
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import OutputError, ReferenceModeError
 from lrp_compiler.passes.pipeline import Stage, emit, explain
@@ -42,7 +43,7 @@ class ExplainedCall:
     def is_random(self) -> bool:
         """Whether the forward pass draws random numbers."""
         seeded = torch.Tag.nondeterministic_seeded
-        return any(seeded in getattr(node.target, "tags", ()) for node in self.program.graph.nodes)
+        return any(seeded in getattr(node.target, "tags", ()) for node in forward_nodes_everywhere(self.program))
 
     def emitted(self, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """All stages and the code for ``request``, made at its first use."""

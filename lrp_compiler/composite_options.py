@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lrp_compiler.passes.errors import OptionValueError
+from lrp_compiler.passes.errors import ArgumentError
 from lrp_compiler.passes.operation import Operation
 from lrp_compiler.passes.optable import OpClass
 from lrp_compiler.passes.rules.base import Composite, Matcher, Rule, on
@@ -41,17 +41,20 @@ class _IsProduct:
         return is_product == self.wanted and (self.further is None or self.further(op))
 
 
+WITH_ROUTER = "lrp_compiler.composites.with_router"
+
+
 def with_router(composite: Composite, router: Literal["constant", "product"]) -> Composite:
     """``composite`` with a rule for what weighs the experts of a mixture: routing weights constant, or factors.
 
     With "constant" relevance flows through the experts alone; with "product" half of it goes through the router, as
-    AttnLRP shares any product. Raises OptionValueError for another value, and for composites that explain differences
+    AttnLRP shares any product. Raises ArgumentError for another value, and for composites that explain differences
     from a reference run or follow gradients, where a constant router would not be one.
     """
     rules: dict[str, Rule] = {"constant": ConstantRouter(), "product": Uniform()}
     if router not in rules:
-        raise OptionValueError(name="router", value=router, cause="it is 'constant' or 'product'")
+        raise ArgumentError(function=WITH_ROUTER, name="router", value=router, cause="it is 'constant' or 'product'")
     if composite.against_reference or not composite.patterns:
         cause = f"'{composite.name}' has no products of experts and routers to share, but derivatives or differences"
-        raise OptionValueError(name="router", value=router, cause=cause)
+        raise ArgumentError(function=WITH_ROUTER, name="router", value=router, cause=cause)
     return composite.override((on(where=is_routing), rules[router]), name=f"{composite.name}, {router} router")

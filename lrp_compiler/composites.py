@@ -10,10 +10,11 @@ from torch import Tensor
 from lrp_compiler.composite_options import keep_top as keep_top
 from lrp_compiler.composite_options import with_router as with_router
 from lrp_compiler.kernels.offset_gates import OFFSET_GATES
+from lrp_compiler.passes.branches import forward_nodes_everywhere
 from lrp_compiler.passes.errors import UnknownCompositeError
 from lrp_compiler.passes.operation import Operation, gates_a_product
 from lrp_compiler.passes.optable import OpClass, classify, op_name
-from lrp_compiler.passes.program import Program, facts, forward_nodes
+from lrp_compiler.passes.program import Program, facts
 from lrp_compiler.passes.rules.absolute import AbsoluteAdd, AbsoluteMultiply, AbsoluteSum, CreditedBias, NormIdentity
 from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
 from lrp_compiler.passes.rules.base import Composite, Matcher, Rule, on
@@ -366,7 +367,7 @@ def choose_composite(program: Program) -> Composite:
     mamba_lrp where there are state-space models, else attnlrp where values meet values, else epsilon.
     """
     counts: dict[str, int] = {}
-    for node in forward_nodes(program):
+    for node in forward_nodes_everywhere(program):
         if not facts(node).live or node.op != "call_function":
             continue
         entry = classify(node)

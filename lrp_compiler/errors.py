@@ -5,7 +5,7 @@ from lrp_compiler.passes.errors import (
     BaselineError,
     CaptureError,
     CompositeError,
-    DataDependentShapeError,
+    DataDependentError,
     DerivativeError,
     DeviceMismatchError,
     DuplicateRuleError,
@@ -27,6 +27,7 @@ from lrp_compiler.passes.errors import (
     PatternFitError,
     RecurrentError,
     ReferenceModeError,
+    RegionError,
     RuleParameterError,
     RuleResultError,
     RuleTraceError,
@@ -43,7 +44,6 @@ from lrp_compiler.passes.errors import (
     UnsupportedArgumentError,
     UnsupportedMutationError,
     UnsupportedOutputError,
-    UnsupportedRegionError,
     VerifierError,
 )
 
@@ -52,7 +52,7 @@ __all__ = [
     "BaselineError",
     "CaptureError",
     "CompositeError",
-    "DataDependentShapeError",
+    "DataDependentError",
     "DerivativeError",
     "DeviceMismatchError",
     "DuplicateRuleError",
@@ -74,6 +74,7 @@ __all__ = [
     "PatternFitError",
     "RecurrentError",
     "ReferenceModeError",
+    "RegionError",
     "RuleParameterError",
     "RuleResultError",
     "RuleTraceError",
@@ -90,6 +91,5 @@ __all__ = [
     "UnsupportedArgumentError",
     "UnsupportedMutationError",
     "UnsupportedOutputError",
-    "UnsupportedRegionError",
     "VerifierError",
 ]

@@ -19,11 +19,16 @@ from lrp_compiler.coverage import (
     timings,
 )
 from lrp_compiler.ledger import Ledger
+from lrp_compiler.passes.branches import (
+    forward_nodes_everywhere,
+    relevance_nodes_everywhere,
+    with_programs_inside,
+)
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.demand import demands
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.pipeline import Stage
-from lrp_compiler.passes.program import Buffer, BufferKind, facts, forward_nodes
+from lrp_compiler.passes.program import Buffer, BufferKind, facts
 from lrp_compiler.sites import site_table
 
 
@@ -173,16 +178,15 @@ def make_report(
 ) -> Report:
     """Collect the report from the stages of one request."""
     program = explained.program
-    live = [node for node in forward_nodes(program) if facts(node).live and node.op == "call_function"]
+    live = [node for node in forward_nodes_everywhere(program) if facts(node).live and node.op == "call_function"]
     patterns = [pattern.kind for node in live if (pattern := facts(node).pattern) is not None]
-    structures = [structure.kind for node in forward_nodes(program) for structure in facts(node).structures]
+    structures = [one.kind for node in forward_nodes_everywhere(program) for one in facts(node).structures]
     flowing = [node for node in live if facts(node).flows and facts(node).rule is not None]
     names = explained.explainable_outputs()
     (chosen,) = executable.program.seeds
-    relevance = executable.program.relevance_graph
     composite = program.composite
-    assert composite is not None and relevance is not None
-    demanded = [(demand.op, demand.value) for demand in demands(program)]
+    assert composite is not None
+    demanded = [(demand.op, demand.value) for one in with_programs_inside(program) for demand in demands(one)]
     read = {(reader, buffer.name) for buffer in executable.program.buffers for reader in buffer.readers}
     return Report(
         model=model,
@@ -191,9 +195,9 @@ def make_report(
         inputs=dict(program.sources),
         outputs=tuple(names),
         explained_output=next(name for name, index in names.items() if index == chosen),
-        forward_ops=sum(node.op == "call_function" for node in forward_nodes(program)),
+        forward_ops=sum(node.op == "call_function" for node in forward_nodes_everywhere(program)),
         live_ops=len(live),
-        relevance_ops=sum(node.op == "call_function" for node in relevance.nodes),
+        relevance_ops=sum(node.op == "call_function" for node in relevance_nodes_everywhere(executable.program)),
         rules=dict(sorted(Counter((op_name(node), str(facts(node).rule)) for node in flowing).items())),
         stopped=dict(Counter(op_name(node) for node in live if facts(node).rule is not None and not facts(node).flows)),
         patterns=dict(Counter([*patterns, *structures])),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from lrp_compiler.passes.branches import forward_nodes_everywhere
 from lrp_compiler.passes.errors import ArgumentError, UnknownSiteError
 from lrp_compiler.passes.program import Constant, Program, facts, forward_nodes, tensor_of
 
@@ -73,6 +74,9 @@ def is_glob(name: str) -> bool:
 
 
 def _closest(name: str, program: Program, table: dict[str, SiteRef]) -> str:
+    inside = (node.name for node in forward_nodes_everywhere(program))
+    if name in inside:
+        return "It lies inside a branch of torch.cond, which has sites at its operands and outputs only."
     if any(name == path for path in _all_paths(program)):
         return "That submodule has no operation of its own that depends on an attributed input."
     close = difflib.get_close_matches(name, table, n=3, cutoff=0.5)

@@ -17,6 +17,7 @@ from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild
 from lrp_compiler.kernels.linear import relevance_of
 from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.linearised import Linearised
+from lrp_compiler.passes.branches import forward_nodes_everywhere
 from lrp_compiler.passes.errors import (
     ArgumentError,
     MaskError,
@@ -196,7 +197,7 @@ class Tape:
 
         Raises NotLinearError for a composite with a rule that is not linear in the seed.
         """
-        for node in self.program.graph.nodes:
+        for node in forward_nodes_everywhere(self.program):
             rule = facts(node).rule
             if rule is not None and not rule.linear_in_seed:
                 composite = getattr(self.program.composite, "name", "")

@@ -8,9 +8,21 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from lrp_compiler.passes.branches import Conditional, operand_names, operands_of, outputs_of, read_output
+from lrp_compiler.passes.data_dependence import refuse_sizes
 from lrp_compiler.passes.errors import NoAttributableInputError, UnknownInputError
 from lrp_compiler.passes.optable import OpClass, aten_names, classify, op_name
-from lrp_compiler.passes.program import Constant, InputKind, Program, carries_float, is_complex, is_float, learn
+from lrp_compiler.passes.program import (
+    Constant,
+    InputKind,
+    Program,
+    carries_float,
+    facts,
+    is_complex,
+    is_float,
+    learn,
+)
+from lrp_compiler.passes.trace import holds_number
 
 RECTIFIERS = aten_names("relu relu6 abs sigmoid hardsigmoid softplus exp square softmax _softmax sqrt")
 SIGN_KEEPERS = aten_names(
@@ -35,7 +47,8 @@ def analyse(program: Program, attributed: tuple[str, ...] | None = None, varied:
     is asked for by name, an input is left out when it reaches the outputs through comparisons and integers alone, as a
     mask of zeros and ones does.
     ``varied`` names further inputs that a reference run changes, beside the attributed ones.
-    Raises UnknownInputError for a name that is no input, NoAttributableInputError when nothing has a source.
+    Raises UnknownInputError for a name that is no input, NoAttributableInputError when nothing has a source,
+    DataDependentError where a live value has no fixed size.
     """
     program = program.fork()
     nodes = program.nodes_by_name()
@@ -56,17 +69,27 @@ def analyse(program: Program, attributed: tuple[str, ...] | None = None, varied:
         described = ", ".join(f"'{name}' is {_describe(tensors[name])}" for name in tensors)
         raise NoAttributableInputError(cause=described or "the model takes no tensors")
     _mark_live(program, {name for found in sources.values() for name in found})
-    _mark_non_negative(program)
+    refuse_sizes(program)
+    _mark_non_negative(program, set())
     changed = tuple(dict.fromkeys((*sources, *varied)))
     _mark_varying(program, {tensors[name] for name in changed})
     return program.having(sources=sources, attributed=tuple(sources), varied=changed)
 
 
-def _mark_non_negative(program: Program) -> None:
-    """Mark values no element of which can be negative: rectified ones, and what keeps the sign of those."""
-    known: set[fx.Node] = set()
+def _mark_non_negative(program: Program, known: set[fx.Node]) -> None:
+    """Mark values no element of which can be negative: rectified ones, and what keeps the sign of those.
+
+    ``known`` holds the graph inputs of which that is known.
+    """
     for node in program.graph.nodes:
         if node.op != "call_function" or is_complex(node):
+            continue
+        if isinstance(node.target, Conditional):
+            _mark_branches_non_negative(node, known)
+            continue
+        if (outputs := read_output(node)) and all(facts(output).non_negative for output in outputs):
+            known.add(node)
+            learn(node, non_negative=True)
             continue
         name = op_name(node)
         floats = [operand for operand in node.all_input_nodes if carries_float(operand)]
@@ -74,9 +97,21 @@ def _mark_non_negative(program: Program) -> None:
         keeps = name in SIGN_KEEPERS or node.target is operator.getitem
         numbers.append(node.kwargs.get("alpha", 1))
         kept = keeps and floats and all(operand in known for operand in floats) and all(n >= 0 for n in numbers)
+        # A number known only when the model runs may have either sign.
+        kept = kept and not any(holds_number(operand) for operand in node.all_input_nodes)
         if name in RECTIFIERS or kept:
             known.add(node)
             learn(node, non_negative=True)
+
+
+def _mark_branches_non_negative(node: fx.Node, known: set[fx.Node]) -> None:
+    assert isinstance(node.target, Conditional)
+    for branch in node.target.branches:
+        inputs = [branch.nodes_by_name()[name] for name in operand_names(branch)]
+        kept = {inner for inner, operand in zip(inputs, operands_of(node), strict=True) if operand in known}
+        for inner in kept:
+            learn(inner, non_negative=True)
+        _mark_non_negative(branch, kept)
 
 
 def _describe(node: fx.Node) -> str:
@@ -137,9 +172,31 @@ def _mark_live(program: Program, sources: set[str]) -> None:
         if node.op == "output":
             continue
         derived = not _blocks(node) and carries_float(node) and any(arg in live for arg in node.all_input_nodes)
+        if isinstance(node.target, Conditional):
+            derived = _mark_branches_live(node, live)
+        elif outputs := read_output(node):
+            derived = any(facts(output).live for output in outputs)
         if node.name in sources or derived:
             live.add(node)
             learn(node, live=True)
+
+
+def _mark_branches_live(node: fx.Node, live: set[fx.Node]) -> bool:
+    """Analyse the branches of a Conditional; whether an output of one of them is live."""
+
+    def analysed(branch: Program) -> Program:
+        names = operand_names(branch)
+        inner = tuple(
+            name for name, arg in zip(names, operands_of(node), strict=True) if arg in live and carries_float(arg)
+        )
+        branch = branch.fork(sources={name: (name,) for name in inner}, attributed=inner)
+        _mark_live(branch, set(inner))
+        return branch
+
+    assert isinstance(node.target, Conditional)
+    node.target = node.target.mapped(analysed)
+    outputs = [output for branch in node.target.branches for output in outputs_of(branch)]
+    return any(output is not None and facts(output).live for output in outputs)
 
 
 def _mark_varying(program: Program, changed: set[fx.Node]) -> None:
@@ -150,6 +207,7 @@ def _mark_varying(program: Program, changed: set[fx.Node]) -> None:
             continue
         # The reference run repeats the random numbers, and these ops take of their arguments the shapes alone.
         by_shape = op_name(node) in OF_SHAPE_ALONE or node.target is torch.ops.aten.bernoulli.p
+        by_shape = by_shape and not any(holds_number(argument) for argument in node.all_input_nodes)
         if node in varying or (not by_shape and any(argument in varying for argument in node.all_input_nodes)):
             varying.add(node)
             learn(node, varies=True)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from lrp_compiler.passes.branches import (
+    SIDES,
+    Conditional,
+    is_dead_end,
+    operand_names,
+    operands_of,
+    outputs_of,
+    within,
+)
 from lrp_compiler.passes.errors import UncoveredOp, UncoveredOpsError, user_source
 from lrp_compiler.passes.operation import FOLDED, Operation
 from lrp_compiler.passes.optable import classify, op_name
 from lrp_compiler.passes.program import Pattern, Program, facts, first_argument, forward_nodes, learn, module_path
 from lrp_compiler.passes.rule_tensors import supply_rule_tensors
 from lrp_compiler.passes.rules.base import Chosen, Composite, Rule
+from lrp_compiler.passes.rules.branches import OfBranches
 
 
 def assign_rules(program: Program, composite: Composite, partial: bool = False) -> Program:
@@ -28,7 +38,12 @@ def assign_rules(program: Program, composite: Composite, partial: bool = False) 
     rows = tuple(_row(node, composite) for node in uncovered)
     if rows and not partial:
         raise UncoveredOpsError(rows=rows, composite=composite.name, example=_example(uncovered[0]))
-    return supply_rule_tensors(assigned.having(uncovered=rows))
+    return _with_tensors(assigned.having(uncovered=rows))
+
+
+def _with_tensors(program: Program) -> Program:
+    """The tensors of all rules as graph inputs, those of rules inside a branch as the branch's."""
+    return supply_rule_tensors(within(program, _with_tensors))
 
 
 def _assign(program: Program, composite: Composite, chosen: Chosen) -> tuple[Program, list[fx.Node]]:
@@ -47,6 +62,9 @@ def _assign(program: Program, composite: Composite, chosen: Chosen) -> tuple[Pro
         op = Operation(node, nodes)
         if not op.flowing:
             continue
+        if isinstance(node.target, Conditional):
+            uncovered += _assign_branches(node, composite, chosen)
+            continue
         rule = facts(node).rule if op.is_folded else composite.rule_for(op, chosen)
         if rule is None or (rule.real_only and op.is_complex):
             uncovered.append(node)
@@ -54,8 +72,31 @@ def _assign(program: Program, composite: Composite, chosen: Chosen) -> tuple[Pro
             continue
         if rule.folds_batch_norm and not op.is_folded and fold_batch_norm(node, rule, inside):
             continue
-        learn(node, rule=rule, flows=bool(rule.receivers(op)))
+        learn(node, rule=rule, flows=bool(rule.receivers(op)) and not is_dead_end(node))
     return program, uncovered
+
+
+def _assign_branches(node: fx.Node, composite: Composite, chosen: Chosen) -> list[fx.Node]:
+    """Give the ops of both branches their rules; returns those that have none."""
+    assert isinstance(node.target, Conditional)
+    if composite.against_reference:
+        # The reference run may take the other branch.
+        learn(node, flows=True)
+        return [node]
+    made, uncovered, views = [], [], []
+    for side, branch in zip(SIDES, node.target.branches, strict=True):
+        names = zip(operand_names(branch), operands_of(node), strict=True)
+        flowing = [name for name, operand in names if name in branch.sources and facts(operand).flows]
+        views.append(chosen.inside(f"{node.name}.{side}."))
+        sources = {name: (name,) for name in flowing}
+        assigned, missing = _assign(branch.having(sources=sources), composite, views[-1])
+        made.append(assigned)
+        uncovered += missing
+    chosen.leave(views)
+    node.target = Conditional(tuple(made))
+    outputs = [output for branch in made for output in outputs_of(branch) if output is not None]
+    learn(node, rule=OfBranches(), flows=any(facts(output).flows for output in outputs))
+    return uncovered
 
 
 def _inside_patterns(program: Program, composite: Composite) -> set[str]:

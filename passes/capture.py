@@ -16,6 +16,7 @@ from torch.export.graph_signature import ConstantArgument
 from torch.export.graph_signature import InputKind as ExportKind
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.passes.data_dependence import refusal
 from lrp_compiler.passes.eager_failure import eager_failure
 from lrp_compiler.passes.errors import CaptureError, NoTensorsError, RecurrentError, user_source_of_trace
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, learn
@@ -35,12 +36,14 @@ def capture(
 
     ``dynamic`` holds pairs (argument leaf, dimension) whose size may differ from call to call.
 
-    Raises CaptureError, with the user's source line, when the call cannot be traced, RecurrentError when that is
-    because of a packed sequence. What fails without tracing, too, raises the model's own error, or
-    UnsupportedArgumentError or UnsupportedOutputError for what cannot pass in or out.
+    Raises CaptureError, with the user's source line, when the call cannot be traced; DataDependentError when that is
+    because python decides by a tensor's value, RecurrentError when it is because of a packed sequence. What fails
+    without tracing, too, raises the model's own error, or UnsupportedArgumentError or UnsupportedOutputError for what
+    cannot pass in or out.
     """
     args, kwargs = _distinct(args, kwargs)
-    with _quiet(), _traceable_configs(model), _without_attention_fastpath():
+    static_branches = contextlib.nullcontext() if dynamic else _with_static_branches(model)
+    with _quiet(), _traceable_configs(model), _without_attention_fastpath(), static_branches:
         try:
             shapes = _dynamic(args, kwargs, dynamic)
             exported = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
@@ -52,6 +55,8 @@ def capture(
                     remedy="Pass samples one by one, or padded batches to modules that read forward only.",
                     source=_blame(error),
                 ) from error
+            if (refused := refusal(type(model).__name__, error, _blame(error))) is not None:
+                raise refused from error
             if (own := eager_failure(model, args, kwargs)) is not None:
                 raise own from None
             cause = str(error).strip().splitlines() or [type(error).__name__]
@@ -197,6 +202,21 @@ def _traceable_configs(model: nn.Module) -> Iterator[None]:
     finally:
         for config, setting, value in before:
             setattr(config, setting, value)
+
+
+@contextlib.contextmanager
+def _with_static_branches(model: nn.Module) -> Iterator[None]:
+    """Inside torch.export torch.cond takes sizes for variables, and then refuses convolutions without padding."""
+
+    def keep_sizes(*_: Any) -> None:
+        # Export puts its own settings in place before it calls the model, and the user's back afterwards.
+        torch._dynamo.config.assume_static_by_default = True
+
+    handle = model.register_forward_pre_hook(keep_sizes)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -8,12 +8,20 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from lrp_compiler.kernels.attention import attention_backward
+from lrp_compiler.passes.branches import (
+    Conditional,
+    ConditionalRelevance,
+    kept_names,
+    operand_names,
+    read_names,
+    rule_tensors,
+)
 from lrp_compiler.passes.lower_promises import free_values, recorded_values, reference_values, saved_values
-from lrp_compiler.passes.program import Program, copy_graph
+from lrp_compiler.passes.program import Constant, Program, copy_graph, is_float
 from lrp_compiler.passes.sizes import Size, Sizes
 
 
@@ -51,10 +59,7 @@ class Executable:
     def differentiable(self) -> Code:
         """``relevance`` with plain products in place of fused ops whose result torch cannot differentiate again."""
         assert self.program.relevance_graph is not None
-        graph = copy_graph(self.program.relevance_graph)
-        for node in graph.nodes:
-            node.target = DIFFERENTIABLE.get(node.target, node.target)
-        return _compiled(graph, "differentiable_relevance")
+        return _compiled(self.program.relevance_graph, "differentiable_relevance", differentiable=True)
 
 
 DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
@@ -77,25 +82,100 @@ def codegen(program: Program) -> Executable:
     )
 
 
-def _compiled(graph: fx.Graph, name: str) -> Code:
-    graph, sizes = _taking_sizes(graph)
-    return Code(fx.GraphModule(torch.nn.Module(), graph, class_name=name).forward, sizes)
-
-
-def _taking_sizes(graph: fx.Graph) -> tuple[fx.Graph, tuple[Any, ...]]:
-    """The graph with a further argument, in front, for each size among its literals; and what those sizes are."""
-    taking = copy_graph(graph)
-    first = next(iter(taking.nodes))
+def _taking_sizes(graph: fx.Graph) -> tuple[Any, ...]:
+    """Give the graph a further argument, in front, for each size among its literals; returns what those sizes are."""
+    first = next(iter(graph.nodes))
     arguments: dict[Any, fx.Node] = {}
 
     def argument(value: Any) -> Any:
         if not isinstance(value, Size):
             return value
         if value.expression not in arguments:
-            with taking.inserting_before(first):
-                arguments[value.expression] = taking.placeholder(f"size_{len(arguments)}")
+            with graph.inserting_before(first):
+                arguments[value.expression] = graph.placeholder(f"size_{len(arguments)}")
         return arguments[value.expression]
 
-    for node in taking.nodes:
+    for node in graph.nodes:
         node.args, node.kwargs = map_aggregate(node.args, argument), map_aggregate(node.kwargs, argument)
-    return (taking, tuple(arguments)) if arguments else (graph, ())
+    return tuple(arguments)
+
+
+def _compiled(graph: fx.Graph, name: str, *, differentiable: bool = False) -> Code:
+    graph = copy_graph(graph)
+    for node in graph.nodes:
+        if isinstance(node.target, Conditional):
+            node.target = _forward_taken(node.target.branches)
+        elif isinstance(node.target, ConditionalRelevance):
+            node.target = _relevance_taken(node.target.branches, differentiable)
+        elif differentiable:
+            node.target = DIFFERENTIABLE.get(node.target, node.target)
+    sizes = _taking_sizes(graph)
+    return Code(fx.GraphModule(torch.nn.Module(), graph, class_name=name).forward, sizes)
+
+
+def _forward_taken(branches: tuple[Program, ...]) -> Callable[..., tuple[Any, ...]]:
+    """Code that runs one branch of a torch.cond: its outputs, then what each branch keeps for relevance."""
+    codes = [_compiled(branch.graph, "forward").function for branch in branches]
+    tensors = [tuple(rule_tensors(branch).values()) for branch in branches]
+    kept = [len(kept_names(branch)) for branch in branches]
+    unread = [_unread(branch) for branch in branches]
+
+    def cond(predicate: Any, *operands: Any) -> tuple[Any, ...]:
+        side = 0 if predicate else 1
+        values = iter(codes[side](*operands, *tensors[side]))
+        outputs = [leaf.value if isinstance(leaf, Constant) else next(values) for leaf in branches[side].outputs]
+        outputs = _with_zero_gradients(outputs, [operands[place] for place in unread[side]])
+        nothing = [None] * kept[1 - side]
+        return (*outputs, *values, *nothing) if side == 0 else (*outputs, *nothing, *values)
+
+    return cond
+
+
+def _unread(branch: Program) -> list[int]:
+    """The positions of the operands that only another branch reads."""
+    nodes = branch.nodes_by_name()
+    return [place for place, name in enumerate(operand_names(branch)) if not nodes[name].users]
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """The identity, with gradients of zero for further tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
+        # Not a view to autograd, so that the output can be changed in place as ever.
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return (*grads, *(torch.zeros_like(other) for other in ctx.saved_tensors))
+
+
+def _with_zero_gradients(outputs: list[Any], others: list[Any]) -> list[Any]:
+    """The outputs of a branch; torch.cond gives what only the other branch reads a gradient of zero, not of None."""
+    trained = [other for other in others if other.requires_grad]
+    first = next((place for place, value in enumerate(outputs) if is_float(value)), None)
+    if not trained or first is None or not torch.is_grad_enabled():
+        return outputs
+    return [*outputs[:first], _ZeroGradients.apply(outputs[first], *trained), *outputs[first + 1 :]]  # type: ignore[no-untyped-call]
+
+
+def _relevance_taken(branches: tuple[Program, ...], differentiable: bool) -> Callable[..., tuple[Any, ...]]:
+    """Code that runs the relevance of the branch that was taken."""
+    codes = []
+    for branch in branches:
+        assert branch.relevance_graph is not None
+        codes.append(_compiled(branch.relevance_graph, "relevance", differentiable=differentiable).function)
+    tensors = [rule_tensors(branch) for branch in branches]
+    free = [free_values(branch) for branch in branches]
+    reads = [len(read_names(branch)) for branch in branches]
+
+    def cond_relevance(predicate: Any, *values: Any) -> tuple[Any, ...]:
+        side = 0 if predicate else 1
+        start = side * reads[0]
+        read = iter(values[start : start + reads[side]])
+        known = tensors[side]
+        inputs = [known[name] if name in known else next(read) for name in free[side]]
+        return codes[side](*inputs, *read, *values[sum(reads) :])
+
+    return cond_relevance

@@ -8,6 +8,9 @@ from typing import ClassVar
 
 from torch import fx
 
+NOT_THE_USERS = ("/torch/", '"<eval_with_key>')
+"""What marks a line of a stack trace as torch's own, or as written by torch."""
+
 
 class LRPError(Exception):
     """Base of every refusal; ``str(error)`` holds id, ``cause``, ``source`` line and ``remedy``.
@@ -37,8 +40,8 @@ class CaptureError(LRPError):
     id = "LRP001"
     template = "{model} could not be traced: {cause}"
     hint = (
-        "Python control flow that depends on tensor values cannot be captured; write it with torch.cond or"
-        " torch.where, or move it out of forward. A size may be read from an integer tensor as n.item(), not as int(n)."
+        "forward has to consist of tensor operations that torch.export can trace; move numpy, other libraries and"
+        " python that looks into tensors out of it."
     )
 
 
@@ -206,19 +209,31 @@ class BaselineError(LRPError):
     hint = "{remedy}"
 
 
-class DataDependentShapeError(LRPError):
+class DataDependentError(CaptureError):
     id = "LRP023"
-    template = "{what} is known only when the model runs: {cause}"
-    hint = (
-        "Shapes are fixed when a call is captured. Read sizes from an integer input (n.item()), or pass them as Python"
-        " numbers; in place of selecting elements by a condition, mask them with torch.where."
-    )
+    template = "{model} cannot be explained: {cause}"
+    hint = "{remedy}"
+
+
+class RegionError(CaptureError):
+    id = "LRP024"
+    template = "the region {region} cannot be explained: relevance enters no region but torch.cond"
+    hint = "{remedy}"
 
 
 class SizesError(LRPError):
     id = "LRP025"
     template = "this question's code, generated for other sizes, does not hold for inputs of shape {shapes}"
     hint = "Run the model again on these inputs: the call is then compiled for its own sizes."
+
+
+class NoValuesError(LRPError):
+    id = "LRP026"
+    template = "'{name}' has a shape but no values, so there is no relevance to compute"
+    hint = (
+        "Of models on the meta device or of fake tensors, report(...) and stages(...) can be had; for relevance,"
+        " load the weights and give real inputs."
+    )
 
 
 class FactoryNotFoundError(LRPError):
@@ -254,15 +269,6 @@ class UnsupportedOutputError(LRPError):
     hint = (
         "Return tensors, or lists, tuples, dicts and dataclasses of those; a dataclass has to be registered with"
         " torch.export.register_dataclass."
-    )
-
-
-class NoValuesError(LRPError):
-    id = "LRP026"
-    template = "'{name}' has a shape but no values, so there is no relevance to compute"
-    hint = (
-        "Of models on the meta device or of fake tensors, report(...) and stages(...) can be had; for relevance,"
-        " load the weights and give real inputs."
     )
 
 
@@ -338,12 +344,6 @@ class NonFiniteError(LRPError):
     )
 
 
-class UnsupportedRegionError(LRPError):
-    id = "LRP044"
-    template = "the region {name} has no relevance here"
-    hint = "Call what is inside it directly in forward, or choose the context around the call of the model."
-
-
 class RuleTraceError(LRPError):
     id = "LRP045"
     template = "the rule of {op} cannot be traced: {cause}"
@@ -365,12 +365,12 @@ def user_source(node: fx.Node) -> str | None:
 
 
 def user_source_of_trace(stack_trace: str) -> str | None:
-    """The last ``File "...", line N`` entry of a stack trace that does not lie inside torch."""
+    """The last ``File "...", line N`` entry of a stack trace that is the user's."""
     lines = stack_trace.splitlines()
     found = None
     for number, line in enumerate(lines):
         text = line.strip()
-        if text.startswith('File "') and "/torch/" not in text:
+        if text.startswith('File "') and not any(place in text for place in NOT_THE_USERS):
             path, rest = text[len('File "') :].split('", line ', 1)
             code = lines[number + 1].strip() if number + 1 < len(lines) else ""
             found = f"{path}:{rest.split(',')[0]} {code}".rstrip()

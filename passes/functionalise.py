@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.passes.branches import Branches
 from lrp_compiler.passes.canonicalise import bound
 from lrp_compiler.passes.errors import UnsupportedMutationError, user_source
 from lrp_compiler.passes.program import Constant, Mutation, Program, return_values, value_of
@@ -38,6 +39,10 @@ def functionalise(program: Program) -> Program:
     if not any(_writes(node) for node in program.graph.nodes):
         return program
     return _Functionaliser(program).run()
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -107,7 +112,10 @@ class _Functionaliser:
         if node.target is operator.getitem and first in self.parent:
             return first
         base = first.meta.get("val")
-        if not isinstance(base, torch.Tensor):
+        if not isinstance(base, torch.Tensor) or not pytree.tree_any(_is_tensor, node.meta.get("val")):
+            return None
+        if isinstance(node.target, Branches):
+            # torch.cond itself refuses branches that return views of their operands.
             return None
         with self.program.fake_mode, torch.no_grad():
             args, kwargs = fx.map_arg(with_numbers((node.args, node.kwargs)), value_of)

@@ -10,8 +10,10 @@ from torch import fx
 
 from lrp_compiler.kernels.difference import difference
 from lrp_compiler.kernels.linear import conjugate, masked_product, relevance_of, stabilise
+from lrp_compiler.passes.branches import Conditional
 from lrp_compiler.passes.emitter import RelevanceEmitter
 from lrp_compiler.passes.errors import RuleResultError, SiteWithoutRelevanceError
+from lrp_compiler.passes.insert_branches import insert_branches
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import OpClass, classify
 from lrp_compiler.passes.program import (
@@ -98,7 +100,7 @@ class _Inserter:
         self.wanted: dict[str, list[Reading]] = {}
         self.maps = {name for name, kind in request.sites if kind == "attention_map"}
         self.parameters = [name for name, kind in request.sites if kind == "parameter"]
-        self.from_parameters = nodes_from(self.program, set(self.parameters))
+        self.from_parameters = nodes_from(self.program, {*self.parameters, *request.edges} - self.sources)
         for name, kind in request.sites:
             if kind == "activation":
                 self.results.append((Result(kind, name), self.emitter.resolve(self.nodes[name])))
@@ -131,11 +133,19 @@ class _Inserter:
         for index in self.request.outputs:
             leaf = self.program.outputs[index]
             assert isinstance(leaf, str)
-            self.add_edge(self.nodes[leaf], self.seed_like(f"seed_{index}", leaf), "coefficient")
+            seed = self.seed_like(f"seed_{index}", leaf)
+            self.add_edge(self.nodes[leaf], seed, "coefficient")
+            self.enter_constant(self.nodes[leaf], seed)
         for name in self.request.starts:
             self.add_edge(self.nodes[name], self.seed_like(f"start_{name}", name), "coefficient")
         for name in self.request.through:
             self.masks[name] = self.seed_like(f"mask_{name}", name)
+
+    def enter_constant(self, node: fx.Node, seed: fx.Node) -> None:
+        """An output that relevance flows to in the other branch of a torch.cond only is a constant in this one."""
+        if (self.request.sinks or self.request.ledger) and not facts(node).flows:
+            self.emitter.stamp = Facts(part="relevance", origin=node.name)
+            self.results.append((Result("sink", node.name, "constant"), self.emitter(masked_product, seed, node)))
 
     def seed_like(self, name: str, node: str) -> fx.Node:
         """A new last placeholder in the shape of a node's value."""
@@ -160,6 +170,8 @@ class _Inserter:
             self.pending[node] = [(self.emitter.call(aten.mul.Tensor, edge, mask), kind) for edge, kind in edges]
         if node.name in self.wanted:
             self.read_out(node)
+        if node.name in self.request.edges:
+            self.results += [(Result(kind, node.name), edge) for edge, kind in self.by_kind(node)]
         if node.name in self.request.blocked:
             return
         if node.name in self.sources or node in self.from_parameters:
@@ -175,6 +187,9 @@ class _Inserter:
             return
         site = Site(Operation(node, self.nodes), self.emitter, is_seeded=node.name in self.request.starts)
         edge = self.incoming(node, rule.kind)
+        if isinstance(node.target, Conditional):
+            self.visit_branches(site, rule, edge)
+            return
         if node.name in self.maps:
             self.results.append((Result("attention_map", node.name), read_map(site, rule, edge)))
         for operand, part in parameter_edges(site, rule, edge, self.from_parameters).items():
@@ -187,6 +202,26 @@ class _Inserter:
             self.enter_sinks(site, rule, edge, made)
         for operand, part in made.items():
             self.add_edge(operand.node, part, rule.kind)
+
+    def visit_branches(self, site: Site, rule: Rule, edges: list[fx.Node | None]) -> None:
+        """Hand the edges of a torch.cond's outputs to its operands, by the rules inside its branches."""
+        operands = {
+            int(operand.argument) - 1: operand
+            for operand in site.op.operands
+            if operand.argument != 0 and (facts(operand.node).flows or operand.node in self.from_parameters)
+        }
+        made = insert_branches(site, edges, set(operands), self.request, insert_relevance)
+        for place, part, kind in made.edges:
+            self.add_edge(operands[place].node, part, kind)
+        if self.request.ledger:
+            self.enter_given(site, rule, edges)
+            for place, part, kind in made.edges:
+                if facts(operands[place].node).flows:
+                    name = operands[place].node.name
+                    self.add_total(Result("taken", site.op.name, name), part, operands[place].node, kind)
+        if self.request.sinks or self.request.ledger:
+            self.enter_losses(site, edges)
+            self.results += [(Result("sink", site.op.name, kind), sink) for kind, sink in made.sinks.items()]
 
     def pass_to_parameters(self, node: fx.Node) -> None:
         """Carry an edge on through values that are computed from parameters alone, or into an embedding's table."""
@@ -302,27 +337,35 @@ class _Inserter:
 
     def enter_ledger(self, site: Site, rule: Rule, edge: Any, edges: dict[Operand, fx.Node]) -> None:
         """What the op is given and what it passes on, as float64 sums."""
+        self.enter_given(site, rule, edge)
+        for operand, made in edges.items():
+            self.add_total(Result("taken", site.op.name, operand.node.name), made, operand.node, rule.kind)
+
+    def enter_given(self, site: Site, rule: Rule, edge: Any) -> None:
+        """What the op is given at its outputs."""
         outputs = edge if isinstance(edge, list) else [edge]
         for index, part in enumerate(outputs):
             if part is not None:
                 value = site.output(index) if isinstance(edge, list) else site.node
-                self.add_total(Result("given", site.op.name, str(rule)), part, value, rule)
+                self.add_total(Result("given", site.op.name, str(rule)), part, value, rule.kind)
                 if value in self.lost:
                     self.results.append(
                         (Result("given", site.op.name, str(rule)), self.emitter(total, self.lost[value]))
                     )
-        for operand, made in edges.items():
-            self.add_total(Result("taken", site.op.name, operand.node.name), made, operand.node, rule)
 
-    def add_total(self, result: Result, edge: fx.Node, value: fx.Node, rule: Rule) -> None:
-        amounts = (edge,) if rule.kind == "relevance" else (edge, self.amount(value))
-        made = self.emitter(total if rule.kind == "relevance" else total_of, *amounts)
+    def add_total(self, result: Result, edge: fx.Node, value: fx.Node, kind: EdgeKind) -> None:
+        amounts = (edge,) if kind == "relevance" else (edge, self.amount(value))
+        made = self.emitter(total if kind == "relevance" else total_of, *amounts)
         self.results.append((result, made))
 
     def enter_sinks(self, site: Site, rule: Rule, edge: Any, edges: dict[Operand, fx.Node]) -> None:
+        self.enter_losses(site, edge)
+        for kind, made in rule.sinks(site, edge, edges).items():
+            self.results.append((Result("sink", site.op.name, kind), made))
+
+    def enter_losses(self, site: Site, edge: Any) -> None:
+        """What converting the edges of the op's outputs lost."""
         values = site.float_outputs().values() if isinstance(edge, list) else [site.node]
         for number, value in enumerate(value for value in values if value in self.lost):
             kind = f"conversion_{number}" if number else "conversion"
             self.results.append((Result("sink", site.op.name, kind), self.lost[value]))
-        for kind, made in rule.sinks(site, edge, edges).items():
-            self.results.append((Result("sink", site.op.name, kind), made))

@@ -6,6 +6,7 @@ import math
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from lrp_compiler.passes.emitter import PROMISES, reference_promise
@@ -19,7 +20,9 @@ from lrp_compiler.passes.program import (
     facts,
     first_argument,
     tensor_of,
+    value_of,
 )
+from lrp_compiler.passes.promise_branches import promise_branches
 from lrp_compiler.passes.sizes import hints
 
 VIEWS = aten_names("view transpose permute expand unsqueeze squeeze select slice t unflatten alias detach")
@@ -33,6 +36,7 @@ def lower_promises(program: Program) -> Program:
     ``buffers`` lists them.
     """
     program = program.fork()
+    promise_branches(program)
     read_by: dict[tuple[fx.Node, BufferKind], list[str]] = {}
     replayed: dict[Any, dict[fx.Node, fx.Node]] = {target: {} for target in PROMISES}
     last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
@@ -89,7 +93,10 @@ def _replay(graph: fx.Graph, value: fx.Node, before: fx.Node, replayed: dict[fx.
 
 
 def _buffer(node: fx.Node, kind: BufferKind, readers: list[str], program: Program) -> Buffer:
-    value = tensor_of(node)
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        # A number (an item, a predicate); python's own take eight bytes.
+        return Buffer(node.name, kind, 8, type(value).__name__.removeprefix("Sym").lower(), (), tuple(readers))
     shape = hints(value.shape)
     size = math.prod(shape) * value.element_size() if kind in ("saved", "reference") else 0
     dtype = str(value.dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from lrp_compiler.passes.branches import Conditional
 from lrp_compiler.passes.program import facts
 
 
@@ -36,6 +37,7 @@ class OpClass(enum.Enum):
     POWER = "power"
     RECURRENT = "recurrent"
     TUPLE = "tuple"
+    CONDITIONAL = "conditional"
     NON_RELEVANCE = "non_relevance"
 
 
@@ -94,6 +96,7 @@ OP_TABLE: dict[str, OpEntry] = {
     "pattern::state_product": OpEntry(OpClass.STATE_PRODUCT, factors=(0, 1)),
     "pattern::folded_batch_norm": OpEntry(OpClass.LINEAR, factors=(0, 1), terms=(2,)),
     "builtin::getitem": OpEntry(OpClass.TUPLE),
+    "higher_order::cond": OpEntry(OpClass.CONDITIONAL),
     **_entries(OpClass.ADD, "add sub rsub neg"),
     **_entries(
         OpClass.ACTIVATION,
@@ -154,6 +157,8 @@ def op_name(node: fx.Node) -> str:
         return f"pattern::{pattern.kind}"
     if node.target in TARGET_NAMES:
         return TARGET_NAMES[node.target]
+    if isinstance(node.target, Conditional):
+        return "higher_order::cond"
     return schema_name(node.target)
 
 

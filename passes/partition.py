@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from lrp_compiler.passes.branches import within
 from lrp_compiler.passes.lower_promises import free_values, recorded_values, reference_values, saved_values
 from lrp_compiler.passes.program import Constant, Program, facts, output_node
 
@@ -19,6 +20,7 @@ def partition(program: Program) -> Program:
 
 def forward_only(program: Program) -> Program:
     """The forward graph alone, nothing kept."""
+    program = within(program, forward_only)
     return program.having(graph=_forward_graph(program))
 
 

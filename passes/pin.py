@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.passes.errors import CaptureError, DataDependentShapeError, user_source
+from lrp_compiler.passes.data_dependence import SIZE, is_unsized
+from lrp_compiler.passes.errors import CaptureError, DataDependentError, user_source
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Pin, Program, graph_inputs, is_float, value_of
 
 READERS = frozenset({torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default})
@@ -23,10 +23,9 @@ READERS = frozenset({torch.ops.aten.item.default, torch.ops.aten._local_scalar_d
 def pin(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """The graph for the integers that this call's inputs hold, which become ``program.pins``.
 
-    Raises DataDependentShapeError where a shape depends on data in any other way.
+    Raises DataDependentError for integers that depend on anything but integer inputs.
     """
     if not _shaping_reads(program.graph):
-        _check_shapes(program.graph)
         return program
     program = program.fork()
     values = dict(zip((spec.node for spec in program.inputs), graph_inputs(program, model, args, kwargs), strict=True))
@@ -40,7 +39,6 @@ def pin(program: Program, model: nn.Module, args: tuple[Any, ...], kwargs: dict[
             if ancestor.name not in found:
                 found[ancestor.name] = _computed(ancestor, found)
     numbers = _folded(program, {node: found[node.name] for node in wanted})
-    _check_shapes(program.graph)
     pins = [Pin(spec.node, values[spec.node].clone()) for spec in program.inputs if _is_pinned(spec, read)]
     outputs = tuple(leaf if isinstance(leaf, Constant) else numbers.get(leaf, leaf) for leaf in program.outputs)
     return program.having(pins=tuple(pins), outputs=outputs)
@@ -109,7 +107,8 @@ def _check_source(read: fx.Node, ancestor: fx.Node, written: set[fx.Node]) -> No
     elif torch.Tag.nondeterministic_seeded in getattr(ancestor.target, "tags", ()):
         cause = "it is random"
     if cause:
-        raise DataDependentShapeError(what=f"a size that {read.name} reads", cause=cause, source=user_source(read))
+        cause = f"a size that {read.name} reads is known only when the model runs: {cause}"
+        raise DataDependentError(model="the model", cause=cause, remedy=SIZE, source=user_source(read))
 
 
 def _computed(node: fx.Node, found: dict[str, Any]) -> Any:
@@ -152,14 +151,4 @@ def _fake_result(program: Program, node: fx.Node) -> Any:
 
 def _has_unknown_shape(node: fx.Node) -> bool:
     """Whether the shape of what ``node`` returns depends on data."""
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return any(isinstance(leaf, torch.Tensor) and bool(free_unbacked_symbols(leaf)) for leaf in leaves)
-
-
-def _check_shapes(graph: fx.Graph) -> None:
-    """Refuse a tensor whose shape is still unknown."""
-    for node in graph.nodes:
-        if _has_unknown_shape(node):
-            name = str(getattr(node.target, "_schema", node.target)).partition("(")[0]
-            cause = "it depends on the values of its arguments"
-            raise DataDependentShapeError(what=f"the shape that {name} returns", cause=cause, source=user_source(node))
+    return any(is_unsized(leaf) for leaf in pytree.tree_leaves(node.meta.get("val")))

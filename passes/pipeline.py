@@ -12,6 +12,7 @@ from torch import nn
 
 from lrp_compiler.passes.analyse import analyse
 from lrp_compiler.passes.assign_rules import assign_rules
+from lrp_compiler.passes.branches import with_programs_inside, within
 from lrp_compiler.passes.canonicalise import attends_with_learned_mask, canonicalise
 from lrp_compiler.passes.capture import capture
 from lrp_compiler.passes.clean import clean
@@ -44,6 +45,10 @@ EMIT: tuple[Pass, ...] = (insert_relevance, simplify, lower_promises, partition)
 PIPELINE: tuple[Pass, ...] = (*CAPTURE, *EXPLAIN, *EMIT)
 
 
+ENTERING = frozenset({clean, pin, *EXPLAIN, insert_relevance})
+"""The passes that see to the branches of a torch.cond themselves: what is found there depends on its operands."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """What one pass made, how long it took and whether it changed the program."""
@@ -66,10 +71,13 @@ class Stage:
 
 
 def run(one: Pass, history: tuple[Stage, ...], *inputs: Any) -> tuple[Stage, ...]:
-    """Run a pass on the last stage of ``history`` (or on ``inputs`` alone), time it and verify what it made."""
+    """Run a pass on the last stage of ``history`` (or on ``inputs`` alone), time it and verify what it made.
+
+    Branches of torch.cond go through a pass before the graph they stand in.
+    """
     before = history[-1].program if history else None
     start = time.perf_counter()
-    program = one(*inputs) if before is None else one(before, *inputs)
+    program = one(*inputs) if before is None else _applied(one, before, *inputs)
     milliseconds = (time.perf_counter() - start) * 1e3
     name = one.__name__
     verify(program, name)
@@ -77,6 +85,13 @@ def run(one: Pass, history: tuple[Stage, ...], *inputs: Any) -> tuple[Stage, ...
     logger.debug("%s took %.1f ms, %d nodes", name, milliseconds, nodes)
     changed = before is None or program is not before
     return (*history, Stage(name, milliseconds, nodes, changed, program))
+
+
+def _applied(one: Pass, program: Program, *inputs: Any) -> Program:
+    """``one`` applied to the branches inside ``program``, then to itself; some passes see to the branches."""
+    if one not in ENTERING:
+        program = within(program, lambda branch: _applied(one, branch, *inputs))
+    return one(program, *inputs)
 
 
 def capture_call(
@@ -102,7 +117,7 @@ def capture_call(
 def depends_on_grad_mode(captured: tuple[Stage, ...]) -> bool:
     """Whether the call compiles to something else when gradients are recorded."""
     before = next(stage for stage in captured if stage.name == functionalise.__name__)
-    return attends_with_learned_mask(before.program)
+    return any(attends_with_learned_mask(program) for program in with_programs_inside(before.program))
 
 
 def compile_forward(captured: tuple[Stage, ...]) -> Executable:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lrp_compiler.passes.branches import SIDES, Branches, ConditionalRelevance
 from lrp_compiler.passes.emitter import PROMISES
 from lrp_compiler.passes.errors import user_source
 from lrp_compiler.passes.program import Program, facts, module_path, output_node
@@ -54,9 +55,23 @@ def _function(name: str, graph: fx.Graph, sources: bool) -> str:
         if here is not None and here != source:
             lines.append(f"    # {here}")
             source = here
+        lines += [f"    {line}" for line in _branches(node, sources)]
         lines.append(f"    {node.name} = {_call(node)}  # {_comment(node)}")
     lines.append(f"    return {_text(output_node(graph).args[0])}")
     return "\n".join(lines)
+
+
+def _branches(node: fx.Node, sources: bool) -> list[str]:
+    """The programs inside a torch.cond, as functions it is given."""
+    if not isinstance(node.target, Branches):
+        return []
+    lines: list[str] = []
+    for side, branch in zip(SIDES, node.target.branches, strict=True):
+        relevance = isinstance(node.target, ConditionalRelevance) and branch.relevance_graph is not None
+        graph = branch.relevance_graph if relevance else branch.graph
+        assert graph is not None
+        lines += _function(f"{node.name}_when_{side}", graph, sources).splitlines()
+    return lines
 
 
 def _call(node: fx.Node) -> str:
@@ -65,7 +80,11 @@ def _call(node: fx.Node) -> str:
     if node.target is operator.getitem:
         return f"{_text(node.args[0])}[{node.args[1]}]"
     arguments = [_text(arg) for arg in node.args] + [f"{key}={_text(value)}" for key, value in node.kwargs.items()]
-    target = PROMISES.get(node.target) or str(node.target)
+    if isinstance(node.target, Branches):
+        arguments = [f"{node.name}_when_{side}" for side in SIDES] + arguments
+    is_op = isinstance(node.target, torch._ops.OpOverload)
+    name = str(node.target) if is_op else getattr(node.target, "__name__", str(node.target))
+    target = PROMISES.get(node.target) or name
     return f"{target}({', '.join(arguments)})"
 
 

@@ -147,7 +147,8 @@ class Request:
     ``outputs`` are indices of output leaves; ``sites`` are pairs (node name, result kind). With ``sinks`` every
     sink becomes a result, with ``ledger`` also what each op is given and passes on. Edges at the nodes named in
     ``through`` are multiplied by masks, which follow the seeds among the relevance graph's arguments. ``starts`` names
-    further nodes that get seeds, after the outputs'; nothing passes the nodes named in ``blocked``.
+    further nodes that get seeds, after the outputs'; nothing passes the nodes named in ``blocked``. The edges that
+    arrive at the nodes named in ``edges`` are results as they are, one for each kind.
     """
 
     outputs: tuple[int, ...]
@@ -157,6 +158,7 @@ class Request:
     through: tuple[str, ...] = ()
     starts: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()
+    edges: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,24 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.passes.branches import (
+    Conditional,
+    forward_nodes_everywhere,
+    operand_names,
+    operands_of,
+    outputs_of,
+    rule_tensors,
+)
 from lrp_compiler.passes.errors import ReferenceModeError
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
-from lrp_compiler.passes.program import Program, facts, forward_nodes, is_float
+from lrp_compiler.passes.program import Constant, Program, facts, first_argument, forward_nodes, is_float
 from lrp_compiler.passes.recognise_norms import NormForm
 from lrp_compiler.passes.reference_linear import LINEAR_FORMULAS, quotient, times
 from lrp_compiler.passes.reference_recurrent import recurrent
 from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
 from lrp_compiler.passes.rules.base import Rule
+from lrp_compiler.passes.rules.branches import OfBranches
 from lrp_compiler.passes.rules.elementwise import Identity, IdentityRelevance
 from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.rules.norm import BatchNorm, LayerNorm, RMSNorm, SoftmaxGradient
@@ -48,6 +57,17 @@ def reference_relevance(
     for index, seed in seeds.items():
         node = nodes[str(program.outputs[index])]
         _add(arriving, node, seed if gradients else times(values[node], seed))
+    _walk_back(program, values, arriving)
+    found = {name: arriving.get(nodes[name], torch.zeros_like(values[nodes[name]])) for name in sites}
+    if gradients and program.composite is not None and program.composite.readout == "coefficient":
+        return found
+    found = {name: times(values[nodes[name]], value) if gradients else value for name, value in found.items()}
+    return {name: value.real + value.imag if value.is_complex() else value for name, value in found.items()}
+
+
+def _walk_back(program: Program, values: dict[fx.Node, Any], arriving: dict[Any, Tensor]) -> None:
+    """Hand what ``arriving`` holds at outputs back to the sources, op by op."""
+    nodes = program.nodes_by_name()
     sources = {name for found in program.sources.values() for name in found}
     for node in reversed(list(forward_nodes(program))):
         rule = facts(node).rule
@@ -60,13 +80,32 @@ def reference_relevance(
         if node.target is operator.getitem and not op.is_folded:
             _add(arriving, (node.args[0], node.args[1]), outputs[0])
             continue
+        if isinstance(node.target, Conditional):
+            _walk_back_taken(node, values, arriving)
+            continue
         for operand, relevance in _propagate(rule, op, outputs, values).items():
             _add(arriving, operand.node, relevance)
-    found = {name: arriving.get(nodes[name], torch.zeros_like(values[nodes[name]])) for name in sites}
-    if gradients and program.composite is not None and program.composite.readout == "coefficient":
-        return found
-    found = {name: times(values[nodes[name]], value) if gradients else value for name, value in found.items()}
-    return {name: value.real + value.imag if value.is_complex() else value for name, value in found.items()}
+
+
+def _walk_back_taken(node: fx.Node, values: dict[fx.Node, Any], arriving: dict[Any, Tensor]) -> None:
+    """Walk back through the branch of a torch.cond that was taken."""
+    branch = _taken(node, values)
+    inside: dict[Any, Tensor] = {}
+    for index, output in enumerate(outputs_of(branch)):
+        if output is not None and (node, index) in arriving:
+            _add(inside, output, arriving[node, index])
+    _walk_back(branch, values, inside)
+    nodes = branch.nodes_by_name()
+    for name, operand in zip(operand_names(branch), operands_of(node), strict=True):
+        if name in branch.sources and nodes[name] in inside:
+            _add(arriving, operand, inside[nodes[name]])
+
+
+def _taken(node: fx.Node, values: dict[fx.Node, Any]) -> Program:
+    """The branch of a torch.cond that its predicate chooses."""
+    assert isinstance(node.target, Conditional)
+    first, second = node.target.branches
+    return first if values[first_argument(node)] else second
 
 
 def _follows_gradients(program: Program) -> bool:
@@ -74,7 +113,8 @@ def _follows_gradients(program: Program) -> bool:
 
     Raises ReferenceModeError for gradients beside other rules, and for results that are coefficients of other rules.
     """
-    rules = {type(facts(node).rule) for node in program.graph.nodes if facts(node).rule is not None}
+    rules = {type(facts(node).rule) for node in forward_nodes_everywhere(program) if facts(node).rule is not None}
+    rules -= {OfBranches}
     if rules == {Gradient}:
         return True
     readout = program.composite.readout if program.composite is not None else "relevance"
@@ -85,17 +125,29 @@ def _follows_gradients(program: Program) -> bool:
 
 
 def _forward(program: Program, inputs: list[Any]) -> dict[fx.Node, Any]:
-    """Every value of the forward graph."""
+    """Every value of the forward graph, those inside the branches that are taken among them."""
     values: dict[fx.Node, Any] = {}
     supplied = iter(inputs)
     with torch.no_grad():
         for node in forward_nodes(program):
             if node.op == "placeholder":
                 values[node] = next(supplied)
+            elif isinstance(node.target, Conditional):
+                values.update(_forward_taken(node, values))
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return values
+
+
+def _forward_taken(node: fx.Node, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """Every value inside the branch of a torch.cond that is taken, and the outputs as the value of ``node``."""
+    branch = _taken(node, values)
+    operands = [values[operand] for operand in operands_of(node)]
+    inside = _forward(branch, [*operands, *rule_tensors(branch).values()])
+    nodes = branch.nodes_by_name()
+    outputs = [leaf.value if isinstance(leaf, Constant) else inside[nodes[leaf]] for leaf in branch.outputs]
+    return {**inside, node: tuple(outputs)}
 
 
 def _add(arriving: dict[Any, Tensor], key: Any, relevance: Tensor) -> None:

@@ -23,12 +23,24 @@ Emitted = Any
 """A node, None, or a tree of those: what a traced function returned."""
 
 
+SCALARS = (torch.SymFloat, torch.SymInt, torch.SymBool)
+"""The fake values of nodes that hold python numbers (what ``.item()`` gives and python makes of it)."""
+
+
+def holds_number(node: fx.Node) -> bool:
+    """Whether ``node`` holds a python number that is known only when the model runs."""
+    return isinstance(node.meta.get("val"), SCALARS)
+
+
 def signature(value: object) -> object:
-    """What of a fake value decides how it traces: sizes, strides, dtype, device, pending conjugation and negation."""
+    """What of a fake value decides how it traces: sizes, strides, dtype, device, pending conjugation and negation.
+
+    Of a number its type alone.
+    """
     if isinstance(value, torch.Tensor):
         sizes = tuple(map(size_key, (*value.shape, *value.stride())))
         return (sizes, value.dtype, value.device, value.is_conj(), value.is_neg())
-    return value
+    return type(value) if isinstance(value, SCALARS) else value
 
 
 @dataclass
@@ -100,6 +112,14 @@ class Emitter:
     def given(self, value: Any) -> Any:
         """What emitted code reads in place of an argument: a node, or a size."""
         return self.resolve(value) if isinstance(value, fx.Node) else as_literal(value)
+
+    def region(self, target: Callable[..., Any], args: tuple[fx.Node, ...], value: Any) -> fx.Node:
+        """Emit one call of a region, whose fake value is known."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, tuple(self.resolve(arg) for arg in args))
+        node.meta["val"] = value
+        self._mark(node)
+        return node
 
     def resolve(self, node: fx.Node) -> fx.Node:
         """The node that stands for ``node`` where emitted code reads it."""
@@ -181,7 +201,7 @@ def trace(
 
 
 def _fresh(fake: Any) -> Any:
-    """A tensor like ``fake`` that nothing knows, with what is pending on it at run time; a size is itself."""
+    """A tensor like ``fake`` that nothing knows, with what is pending on it at run time; a size or number is itself."""
     if not isinstance(fake, torch.Tensor):
         return fake
     made = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from lrp_compiler.passes.branches import programs_inside
 from lrp_compiler.passes.emitter import PROMISES
 from lrp_compiler.passes.errors import VerifierError
 from lrp_compiler.passes.program import (
@@ -191,7 +192,11 @@ LEGAL: dict[str, tuple[Check, ...]] = {
 
 
 def verify(program: Program, stage: str) -> None:
-    """Apply the checks of ``stage``; raises VerifierError naming the first that fails."""
+    """Apply the checks of ``stage``, to branches of torch.cond too; raises VerifierError naming what fails first."""
+    for inner in programs_inside(program):
+        # A branch that nothing attributed enters is neither analysed nor explained.
+        if inner.sources or has_sources not in LEGAL[stage]:
+            verify(inner, stage)
     for check in LEGAL[stage]:
         cause = check(program)
         if cause is not None:

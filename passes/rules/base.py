@@ -123,22 +123,44 @@ def on(*op_classes: OpClass, **conditions: Any) -> Matcher:
     return Matcher(op_classes=frozenset(op_classes) if op_classes else None, **conditions)
 
 
+Takers = dict[Matcher, frozenset[str]]
+
+
 @dataclass
 class Chosen:
-    """Which op each first and last matcher takes; ``last`` is known only after every op has been seen once."""
+    """Which op each first and last matcher takes; ``last`` is known only after every op has been seen once.
 
-    first: dict[Matcher, str] = field(default_factory=dict)
-    last: dict[Matcher, str] = field(default_factory=dict)
-    seen: dict[Matcher, str] = field(default_factory=dict)
+    Of a torch.cond each branch may have one, since a call runs one of them. ``scope`` precedes the names of ops
+    inside a branch.
+    """
+
+    first: Takers = field(default_factory=dict)
+    last: Takers = field(default_factory=dict)
+    seen: Takers = field(default_factory=dict)
+    scope: str = ""
 
     def takes(self, matcher: Matcher, op: Operation) -> bool:
         """Whether ``matcher``, which matches ``op``, is the one to decide on it."""
+        name = self.scope + op.name
         if matcher.first:
-            return self.first.setdefault(matcher, op.name) == op.name
+            return name in self.first.setdefault(matcher, frozenset({name}))
         if matcher.last:
-            self.seen[matcher] = op.name
-            return self.last.get(matcher) == op.name
+            self.seen[matcher] = frozenset({name})
+            return name in self.last.get(matcher, ())
         return True
+
+    def inside(self, scope: str) -> Chosen:
+        """The choice as one branch sees it."""
+        return Chosen(dict(self.first), self.last, {}, self.scope + scope)
+
+    def leave(self, branches: list[Chosen]) -> None:
+        """Take over what the branches chose: the first of each, and as last that of each."""
+        for name in ("first", "seen"):
+            found: dict[Matcher, frozenset[str]] = {}
+            for branch in branches:
+                for matcher, taken in getattr(branch, name).items():
+                    found[matcher] = found.get(matcher, frozenset()) | taken
+            getattr(self, name).update(found)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lrp_compiler.composites import composite_named
 from lrp_compiler.passes.codegen import codegen
+from lrp_compiler.passes.pin import pin
 from lrp_compiler.passes.pipeline import CAPTURE, EMIT, EXPLAIN, Stage, run
 from lrp_compiler.passes.program import Request
 
@@ -71,8 +72,9 @@ def counting(lines: dict[str, int], name: str) -> Iterator[None]:
 def work(blocks: int, composite: str) -> dict[str, int]:
     """Lines run per pass; capture itself is torch.export's."""
     lines: dict[str, int] = {}
-    history: tuple[Stage, ...] = run(CAPTURE[0], (), Chain(blocks).eval(), (torch.randn(1, 3, 4),), {})
-    settings: dict[Callable[..., Any], tuple[Any, ...]] = {EXPLAIN[1]: (composite_named(composite),)}
+    call = (Chain(blocks).eval(), (torch.randn(1, 3, 4),), {})
+    history: tuple[Stage, ...] = run(CAPTURE[0], (), *call)
+    settings: dict[Callable[..., Any], tuple[Any, ...]] = {EXPLAIN[1]: (composite_named(composite),), pin: call}
     for one in (*CAPTURE[1:], *EXPLAIN, *EMIT):
         if one is EMIT[0]:
             sources = history[-1].program.sources.values()

@@ -15,7 +15,7 @@ from peers import relative_error
 from torch import Tensor, nn
 
 from lrp_compiler import Token, compile_for_lrp, composites
-from lrp_compiler.errors import OptionValueError
+from lrp_compiler.errors import ArgumentError
 
 FLOAT64 = 1e-10
 WIDTH, EXPERTS, CHOSEN, TOKENS = 5, 4, 2, 3
@@ -198,10 +198,10 @@ def test_routers_of_language_models(build: Callable[[], nn.Module]) -> None:
 
 
 def test_what_with_router_refuses() -> None:
-    with pytest.raises(OptionValueError, match="'constant' or 'product'"):
+    with pytest.raises(ArgumentError, match="'constant' or 'product'"):
         composites.with_router(composites.attnlrp(), "free")
     for name in ("deep_lift", "gradient"):
-        with pytest.raises(OptionValueError, match=name):
+        with pytest.raises(ArgumentError, match=name):
             composites.with_router(composites.COMPOSITES[name](), "constant")
 
 
