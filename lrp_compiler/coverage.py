@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import fx
 
+from lrp_compiler.passes.branches import programs_below
 from lrp_compiler.passes.emitter import PROMISES
 from lrp_compiler.passes.errors import LRPError, UncoveredOp, user_source
 from lrp_compiler.passes.insert_relevance import insert_relevance
@@ -195,7 +196,9 @@ def measure_coverage(
     if explained is not None:
         # Later passes share equal ops between nodes, and with them their promises.
         demanded = next((_demands(stage.program) for stage in stages if stage.name == insert_relevance.__name__), {})
-        rows = tuple(_node_rows(explained, demanded))
+        uncovered = {row.node for row in explained.uncovered}
+        inside = [row for one in programs_below(explained) for row in _node_rows(one, uncovered, {})]
+        rows = (*_node_rows(explained, uncovered, demanded), *inside)
         conversions = tuple(_conversion_rows(explained, stages[-1].program))
     composite = explained.composite if explained is not None else None
     times = {stage.name: stage.milliseconds for stage in stages}
@@ -212,11 +215,11 @@ def measure_coverage(
     )
 
 
-def _node_rows(program: Program, demanded: dict[str, tuple[PromiseRow, ...]]) -> list[NodeRow]:
-    """A row for every call of the forward graph, in order."""
+def _node_rows(program: Program, uncovered: set[str], demanded: dict[str, tuple[PromiseRow, ...]]) -> list[NodeRow]:
+    """A row for every call of one forward graph, in order; promises are told of the outermost."""
     nodes = program.nodes_by_name()
     calls = [node for node in forward_nodes(program) if node.op == "call_function"]
-    status = _statuses(program, calls)
+    status = _statuses(program, calls, uncovered)
     rows = []
     for node in calls:
         rule = facts(node).rule if status[node] in ("covered", "stopped") else None
@@ -239,10 +242,9 @@ def _node_rows(program: Program, demanded: dict[str, tuple[PromiseRow, ...]]) ->
     return rows
 
 
-def _statuses(program: Program, calls: list[fx.Node]) -> dict[fx.Node, Status]:
+def _statuses(program: Program, calls: list[fx.Node], uncovered: set[str]) -> dict[fx.Node, Status]:
     sources = {name for found in program.sources.values() for name in found}
     inside = {name for node in calls if (group := facts(node).pattern) is not None for name in group.members}
-    uncovered = {row.node for row in program.uncovered}
 
     def status(node: fx.Node) -> Status:
         known = facts(node)

@@ -74,6 +74,11 @@ def programs_inside(program: Program) -> Iterator[Program]:
 def with_programs_inside(program: Program) -> Iterator[Program]:
     """``program`` and all programs inside it, however deep."""
     yield program
+    yield from programs_below(program)
+
+
+def programs_below(program: Program) -> Iterator[Program]:
+    """All programs inside ``program``, however deep."""
     for inner in programs_inside(program):
         yield from with_programs_inside(inner)
 

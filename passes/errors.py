@@ -237,7 +237,7 @@ class NoValuesError(LRPError):
 
 
 class FactoryNotFoundError(LRPError):
-    id = "LRP030"
+    id = "LRP027"
     template = "'{spec}' names no factory: {cause}"
     hint = (
         "Write module:function, as in package.models:build; modules are looked up in the current directory,"
@@ -246,7 +246,7 @@ class FactoryNotFoundError(LRPError):
 
 
 class FactoryResultError(LRPError):
-    id = "LRP031"
+    id = "LRP028"
     template = "{factory} did not return a model and its arguments: {cause}"
     hint = (
         "Return (model, args) or (model, args, kwargs), or an object with those attributes: model a torch.nn.Module,"
@@ -255,7 +255,7 @@ class FactoryResultError(LRPError):
 
 
 class UnsupportedArgumentError(LRPError):
-    id = "LRP032"
+    id = "LRP029"
     template = "argument '{name}' is a {kind}, which cannot be part of a compiled call"
     hint = (
         "Pass tensors, numbers, strings and None, or lists, tuples and dicts of those (torch.from_numpy(array) for an"
@@ -264,7 +264,7 @@ class UnsupportedArgumentError(LRPError):
 
 
 class UnsupportedOutputError(LRPError):
-    id = "LRP033"
+    id = "LRP030"
     template = "{model} returns a {kind}, whose tensors cannot be found"
     hint = (
         "Return tensors, or lists, tuples, dicts and dataclasses of those; a dataclass has to be registered with"
@@ -273,13 +273,13 @@ class UnsupportedOutputError(LRPError):
 
 
 class NotAModelError(LRPError):
-    id = "LRP034"
+    id = "LRP031"
     template = "cannot compile {kind}: {cause}"
     hint = "Pass a torch.nn.Module; a function becomes one as the forward of a module of yours."
 
 
 class CompositeError(LRPError):
-    id = "LRP035"
+    id = "LRP032"
     template = "{composite} is no composite: {cause}"
     hint = (
         "Pass a name of composites.COMPOSITES, a lrp_compiler.Composite, whose lines are pairs (Matcher, Rule), or a"
@@ -288,25 +288,25 @@ class CompositeError(LRPError):
 
 
 class RuleParameterError(LRPError):
-    id = "LRP036"
+    id = "LRP033"
     template = "rule {rule}: {cause}"
     hint = "Give the rule other parameters; help(lrp_compiler.rules) tells what each one takes."
 
 
 class ReferenceModeError(LRPError):
-    id = "LRP037"
+    id = "LRP034"
     template = "reference=True does not go with this: {cause}"
     hint = "Compile the model without reference=True for this question."
 
 
 class MaskError(LRPError):
-    id = "LRP038"
+    id = "LRP035"
     template = "through={{{site!r}: ...}}: {cause}"
     hint = "A mask is a tensor that broadcasts to the value at its site: tape.activations({site!r}).shape."
 
 
 class ParameterRelevanceError(LRPError):
-    id = "LRP039"
+    id = "LRP036"
     template = "the rule '{rule}' of {op} has no relevance for the parameters {names}"
     hint = (
         "Ask for other parameters by name, tape.parameters(target, names), or give this layer another rule with"
@@ -315,13 +315,13 @@ class ParameterRelevanceError(LRPError):
 
 
 class NotLinearError(LRPError):
-    id = "LRP040"
+    id = "LRP037"
     template = "composite '{composite}' makes no linear map: the rule '{rule}' of {node} is not linear in the seed"
     hint = "Take a composite without filters on relevance, such as 'linear_interpreter' or 'epsilon'."
 
 
 class ArgumentError(LRPError):
-    id = "LRP041"
+    id = "LRP038"
     template = "{function}: {name}={value}: {cause}"
     hint = "See help({function})."
 
@@ -330,13 +330,13 @@ class ArgumentError(LRPError):
 
 
 class PatternFitError(LRPError):
-    id = "LRP042"
+    id = "LRP039"
     template = "patterns cannot be estimated: {cause}"
     hint = "{remedy}"
 
 
 class NonFiniteError(LRPError):
-    id = "LRP043"
+    id = "LRP040"
     template = "relevance is not finite at {op}: {given}"
     hint = (
         "An input, a weight or a value there is nan or inf; tape.activations('{op}') shows the values, and half"
@@ -345,7 +345,7 @@ class NonFiniteError(LRPError):
 
 
 class RuleTraceError(LRPError):
-    id = "LRP045"
+    id = "LRP041"
     template = "the rule of {op} cannot be traced: {cause}"
     hint = (
         "A rule is traced once for all inputs: choose with torch.where instead of if, and write python numbers, or"
@@ -354,7 +354,7 @@ class RuleTraceError(LRPError):
 
 
 class NoTensorsError(LRPError):
-    id = "LRP046"
+    id = "LRP042"
     template = "{model}: neither the call nor the model holds a tensor"
     hint = "Pass the values to be explained as tensors."
 

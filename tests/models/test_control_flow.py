@@ -352,6 +352,8 @@ def test_the_report_covers_both_branches() -> None:
     assert report.rules["aten::linear", "plain"] == 5 and report.rules["aten::relu", "identity"] == 1
     assert ("aten::native_layer_norm", "layer_norm") in report.rules
     assert ("higher_order::cond", "of its branches") in report.rules
+    linear = next(row for row in report.ops if row.op == "aten::linear")
+    assert linear.nodes == linear.covered == 5 and report.coverage.complete
     text = str(explained.stages(x)[-1])
     assert "    def cond_when_true(" in text and "    def cond_relevance_when_false(" in text
 
