@@ -254,10 +254,13 @@ def _with_open_sizes(
         family.refusal = f"sizes cannot be left open: {str(error).splitlines()[0]}"
         return None
     closed = varying - captured.binder.open
-    if closed:
-        family.closed |= closed
-        family.refusal = f"the forward depends on the size of {captured.describe(closed)}"
-    return captured
+    if not closed:
+        return captured
+    family.closed |= closed
+    family.refusal = f"the forward depends on the size of {captured.describe(closed)}"
+    # What was traced before a size turned out to be fixed holds it as open: the others are traced anew without it.
+    remaining = varying - closed
+    return _with_open_sizes(family, model, args, kwargs, kept, remaining) if remaining else None
 
 
 def _capture(

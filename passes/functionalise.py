@@ -50,6 +50,10 @@ def _writes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def _is_laid_out(tensor: torch.Tensor, layout: torch.memory_format) -> bool:
+    return (layout is torch.contiguous_format or tensor.dim() == 4) and tensor.is_contiguous(memory_format=layout)
+
+
 class _Functionaliser:
     """Rebuilds the graph in order, knowing for each old node which new node holds its value now."""
 
@@ -183,11 +187,15 @@ class _Functionaliser:
         return self.like(made, kept, node)
 
     def like(self, value: fx.Node, kept: torch.Tensor, node: fx.Node) -> fx.Node:
-        """``value`` cast and expanded to the dtype and shape of ``kept``."""
+        """``value`` cast, expanded and laid out to the dtype, shape and strides of ``kept``."""
         if value_of(value).dtype != kept.dtype:
             value = self.emit(node, aten.to.dtype, (value, kept.dtype), {})
         if value_of(value).shape != kept.shape:
             value = self.emit(node, aten.expand.default, (value, list(kept.shape)), {})
+        for layout in (torch.contiguous_format, torch.channels_last):
+            # Kernels may round differently on other strides.
+            if _is_laid_out(kept, layout) and not _is_laid_out(value_of(value), layout):
+                return self.emit(node, aten.contiguous.default, (value,), {"memory_format": layout})
         return value
 
     def write_through(self, node: fx.Node, view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:

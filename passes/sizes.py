@@ -135,7 +135,9 @@ class SizeBinder:
     def _bound(self, leaves: Sequence[Any]) -> Sizes | None:
         values: dict[Any, Any] = {}
         for at, fake in self.inputs:
-            for size, given in zip(fake.shape, leaves[at].shape, strict=True):
+            # Strides of their own have the views of larger tensors.
+            sizes_and_strides = (*leaves[at].shape, *leaves[at].stride())
+            for size, given in zip((*fake.shape, *fake.stride()), sizes_and_strides, strict=True):
                 raw = size.node._expr if isinstance(size, torch.SymInt) else None
                 if isinstance(raw, sympy.Symbol) and values.setdefault(raw, sympy.Integer(given)) != given:
                     return None

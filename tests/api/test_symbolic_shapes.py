@@ -146,6 +146,15 @@ def test_sizes_that_were_equal_need_not_stay_so() -> None:
         torch.testing.assert_close(tape.relevance(torch.ones(4 if rows[0] == 4 else 3))["x"], x * y.expand_as(x))
 
 
+def test_views_of_larger_tensors_have_strides_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    explained, alone = compile_for_lrp(model, "attnlrp"), compile_for_lrp(model, "attnlrp", dynamic=False)
+    whole = torch.randn(6, 9, 8)
+    for x in (whole[:2, :5, :4], whole[1:4, 2:, ::2], whole[:5, 1:7, 4:], whole[:1, 2:, 4:], torch.randn(4, 8, 4)):
+        found, expected = explained.run(x)[1].relevance((0, 1)), alone.run(x)[1].relevance((0, 1))
+        assert torch.equal(explained(x), model(x)) and torch.equal(found, expected)
+
+
 def test_models_that_depend_on_sizes_say_so_and_are_bounded() -> None:
     case = zoo.build("lstm")
     explained = compile_for_lrp(case.model, "attnlrp")

@@ -135,6 +135,6 @@ def test_encoder_decoder_attributes_both_inputs() -> None:
 def test_reports_name_what_was_recognised(composite: str) -> None:
     case = zoo.build("llama")
     report = compile_for_lrp(case.model, composite).report(**case.kwargs)
-    assert report.patterns == {"rms_norm": 5}
+    assert report.patterns == {"rms_norm": 5, "rotary": 4, "grouped_heads": 2, "gated_mlp": 2}
     stopped = report.stopped.get("aten::silu", 0)
     assert stopped == (2 if composite == "cp_lrp" else 0)
