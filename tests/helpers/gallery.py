@@ -125,10 +125,17 @@ def relevance(tape: Tape, target: Any) -> dict[str, Tensor]:
     return found if isinstance(found, dict) else {"input": found}
 
 
-def check_drop_in(entry: Entry) -> None:
-    """Outputs of the same type and the same bits as eager's, with and without gradients recorded."""
+def check_outputs(entry: Entry) -> None:
+    """In float32: the model's outputs, with and without gradients recorded, and nothing at padding."""
     call = made(entry)
-    explained = compile_for_lrp(call.model, "attnlrp")
+    explained = compile_for_lrp(call.model, COMPOSITES[0])
+    _check_drop_in(entry, call, explained)
+    if entry.mask is not None:
+        _check_padding(entry, call, explained)
+
+
+def _check_drop_in(entry: Entry, call: Call, explained: LRPModule) -> None:
+    """Outputs of the same type and the same bits as eager's."""
     for context in (torch.no_grad(), contextlib.nullcontext()):
         with context:
             ours, theirs = explained(*call.args, **call.kwargs), call()
@@ -143,37 +150,42 @@ def check_drop_in(entry: Entry) -> None:
 
 
 def check_relevance(entry: Entry) -> None:
-    """Every composite: all live ops covered, sources found, relevance finite, ledger closed op by op in float64."""
+    """In float64: covered and conserved under every composite, and a batch is its samples one by one."""
     call = made(entry, double=True)
-    explained: Any = call.model
+    explained = compile_for_lrp(call.model, COMPOSITES[0])
     with precision(True):
-        for composite in COMPOSITES:
-            explained = compile_for_lrp(explained, composite)
-            tape = explained.run(*call.args, **call.kwargs)[1]
-            report = explained.report(*call.args, **call.kwargs)
-            assert set(report.inputs) == set(entry.sources), report.inputs
-            found = relevance(tape, entry.target)
-            for name, value in found.items():
-                assert torch.isfinite(value).all(), (composite, name)
-            assert any(value.count_nonzero() for value in found.values()), composite
-            ledger = tape.ledger(entry.target)
-            assert ledger.rows and ledger.seed != 0
-            for row in ledger.rows:
-                assert row.relative_gap <= FLOAT64, (composite, row)
+        _check_ledgers(entry, call, explained)
+        if entry.batched:
+            with torch.no_grad():
+                _check_batch(entry, call, explained)
 
 
-def check_batch(entry: Entry) -> None:
+def _check_ledgers(entry: Entry, call: Call, explained: LRPModule) -> None:
+    """All live ops covered, sources found, relevance finite, ledgers closed op by op."""
+    for composite in COMPOSITES:
+        explained = compile_for_lrp(explained, composite)
+        tape = explained.run(*call.args, **call.kwargs)[1]
+        report = explained.report(*call.args, **call.kwargs)
+        assert set(report.inputs) == set(entry.sources), report.inputs
+        found = relevance(tape, entry.target)
+        for name, value in found.items():
+            assert torch.isfinite(value).all(), (composite, name)
+        assert any(value.count_nonzero() for value in found.values()), composite
+        ledger = tape.ledger(entry.target)
+        assert ledger.rows and ledger.seed != 0
+        for row in ledger.rows:
+            assert row.relative_gap <= FLOAT64, (composite, row)
+
+
+def _check_batch(entry: Entry, call: Call, explained: LRPModule) -> None:
     """A batch is its samples one by one."""
-    call = made(entry, double=True)
-    with precision(True), torch.no_grad():
-        explained = compile_for_lrp(call.model, "attnlrp")
-        together = relevance(explained.run(*call.args, **call.kwargs)[1], entry.target)
-        for sample in range(2):
-            one = _sample(entry, call, sample)
-            alone = relevance(explained.run(*one.args, **one.kwargs)[1], _target_of(entry.target, sample))
-            for name, value in alone.items():
-                scale = together[name].abs().max().item()
-                torch.testing.assert_close(value[0], together[name][sample], rtol=1e-9, atol=1e-11 * scale)
+    together = relevance(explained.run(*call.args, **call.kwargs)[1], entry.target)
+    for sample in range(2):
+        one = _sample(entry, call, sample)
+        alone = relevance(explained.run(*one.args, **one.kwargs)[1], _target_of(entry.target, sample))
+        for name, value in alone.items():
+            scale = together[name].abs().max().item()
+            torch.testing.assert_close(value[0], together[name][sample], rtol=1e-9, atol=1e-11 * scale)
 
 
 def _sample(entry: Entry, call: Call, sample: int) -> Call:
@@ -188,13 +200,11 @@ def _target_of(target: Any, sample: int) -> Any:
     return target[sample : sample + 1] if isinstance(target, Tensor) else target
 
 
-def check_padding(entry: Entry) -> None:
+def _check_padding(entry: Entry, call: Call, explained: LRPModule) -> None:
     """Padding tokens get exactly nothing, others something."""
     assert entry.mask is not None
-    call = made(entry)
     mask = call.kwargs[entry.mask].bool()
     assert not mask.all()
-    explained: LRPModule | nn.Module = call.model
     for composite in COMPOSITES:
         explained = compile_for_lrp(explained, composite)
         found = explained.run(*call.args, **call.kwargs)[1].relevance(entry.target)

@@ -29,20 +29,10 @@ ENTRIES = {name: entry for family in FAMILIES for name, entry in family.ENTRIES.
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_is_a_drop_in(name: str) -> None:
-    gallery.check_drop_in(ENTRIES[name])
+def test_outputs_are_eagers_and_padding_gets_nothing(name: str) -> None:
+    gallery.check_outputs(ENTRIES[name])
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_relevance_is_covered_and_conserved(name: str) -> None:
+def test_relevance_is_covered_conserved_and_of_each_sample(name: str) -> None:
     gallery.check_relevance(ENTRIES[name])
-
-
-@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.batched])
-def test_a_batch_is_its_samples_one_by_one(name: str) -> None:
-    gallery.check_batch(ENTRIES[name])
-
-
-@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.mask])
-def test_padding_gets_exactly_nothing(name: str) -> None:
-    gallery.check_padding(ENTRIES[name])
