@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import relative_error
 from peers import relative_error
 from torch import Tensor, nn
 
