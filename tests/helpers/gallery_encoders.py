@@ -139,7 +139,7 @@ ENTRIES = {
     "deberta_v2": encoder(deberta),
     "flan_t5": Entry(flan_t5, Token(2, 7), ("input_ids", "decoder_input_ids"), mask="attention_mask"),
     "bart": Entry(bart, Token(2, 7), ("input_ids", "decoder_input_ids"), mask="attention_mask"),
-    "clip": Entry(
+    "clip_against_texts": Entry(
         clip,
         0,
         ("input_ids", "pixel_values"),

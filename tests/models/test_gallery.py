@@ -28,6 +28,10 @@ FAMILIES = (
 ENTRIES = {name: entry for family in FAMILIES for name, entry in family.ENTRIES.items()}
 
 
+def test_every_name_stands_for_one_architecture() -> None:
+    assert len(ENTRIES) == sum(len(family.ENTRIES) for family in FAMILIES)
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 def test_outputs_are_eagers_and_padding_gets_nothing(name: str) -> None:
     gallery.check_outputs(ENTRIES[name])
