@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -84,7 +85,8 @@ class Compiler:
         if isinstance(self.composite, Composite) and self.composite.against_reference and options.reference:
             cause = f"the interpreter has no formulas for the differences that '{self.composite.name}' explains"
             raise ReferenceModeError(cause=cause)
-        self._explained: dict[Any, ExplainedCall] = {}
+        # What was made of a captured call goes when that goes.
+        self._explained: WeakKeyDictionary[CapturedCall, dict[Any, ExplainedCall]] = WeakKeyDictionary()
         # Programs of one capture share their cache of traced functions, so one lock guards them all.
         self._lock = self.captures.lock
 
@@ -103,9 +105,10 @@ class Compiler:
         """
         inputs = (attributed, tuple(name for name in varied if name not in (attributed or ())))
         with self._lock:
-            if (call, *inputs) not in self._explained:
-                self._explained[call, *inputs] = ExplainedCall(explain(call.stages, *inputs, self._choose))
-            return self._explained[call, *inputs]
+            known = self._explained.setdefault(call, {})
+            if inputs not in known:
+                known[inputs] = ExplainedCall(explain(call.stages, *inputs, self._choose))
+            return known[inputs]
 
     def explain_partly(self, call: CapturedCall, attributed: tuple[str, ...] | None) -> tuple[Stage, ...]:
         """The stages of ``explain`` up to a program that lists its ops without a rule; not kept."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -192,6 +194,19 @@ def test_rules_are_the_same_whether_sizes_are_open() -> None:
         ours, theirs = explained.run(x)[1], alone.run(x)[1]
         assert torch.equal(ours.relevance(1), theirs.relevance(1))
         assert sorted(ours.sinks(1)) == sorted(theirs.sinks(1))
+
+
+def test_graphs_that_are_not_kept_are_freed_with_their_rules() -> None:
+    explained = compile_for_lrp(nn.Linear(4, 3), "epsilon", dynamic=False)
+    programs = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RecompileWarning)
+        for batch in range(2, 4 + GRAPHS):
+            x = torch.randn(batch, 4)
+            explained.run(x)
+            programs.append(weakref.ref(explained.explained_call((x,), {})))
+    gc.collect()
+    assert sum(program() is not None for program in programs) == GRAPHS
 
 
 def test_dynamic_can_be_turned_off() -> None:
