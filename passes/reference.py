@@ -7,7 +7,6 @@ on nothing, so it needs no epsilon; run it in float64.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +28,8 @@ from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Constant, Program, facts, first_argument, forward_nodes, is_float
 from lrp_compiler.passes.recognise_norms import NormForm
-from lrp_compiler.passes.reference_linear import LINEAR_FORMULAS, quotient, times
+from lrp_compiler.passes.reference_attention import attention
+from lrp_compiler.passes.reference_linear import LINEAR_FORMULAS, maybe, quotient, times
 from lrp_compiler.passes.reference_recurrent import recurrent
 from lrp_compiler.passes.rules.attention import Attention, AttentionValueOnly
 from lrp_compiler.passes.rules.base import Rule
@@ -265,10 +265,10 @@ def _layer_norm(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[f
             split = x.reshape(x.shape[0], groups, -1)
             normalised = _centred(split, [-1], eps).reshape(x.shape)
             shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
-            weight = _maybe(op.args[1], values)
+            weight = maybe(op.args[1], values)
             scaled = normalised if weight is None else normalised * weight.view(shape)
         else:
-            dims, weight = list(range(-len(op.args[1]), 0)), _maybe(op.args[2], values)
+            dims, weight = list(range(-len(op.args[1]), 0)), maybe(op.args[2], values)
             normalised = _centred(x, dims, op.args[4])
             scaled = normalised if weight is None else normalised * weight
         (grad,) = torch.autograd.grad(scaled, x, quotient(outputs[0], y))
@@ -289,14 +289,10 @@ def _centred(x: Tensor, dims: list[int], eps: float) -> Tensor:
     return (x - x.mean(dims, keepdim=True)) / torch.sqrt(variance + eps)
 
 
-def _maybe(node: fx.Node | None, values: dict[fx.Node, Any]) -> Tensor | None:
-    return None if node is None else values[node]
-
-
 def _batch_norm(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
     """R_x = x * (w / std) * R / y per channel."""
     (operand,) = rule.receivers(op)
-    x, weight = values[operand.node], _maybe(op.args[1], values)
+    x, weight = values[operand.node], maybe(op.args[1], values)
     _, _, _, _, variance, training, _, eps = op.args
     dims = [dim for dim in range(x.dim()) if dim != 1]
     spread = x.var(dims, unbiased=False) if training else values[variance]
@@ -313,58 +309,6 @@ def _softmax(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.N
     x, s, dim = values[operand.node], values[op.node], op.args[1]
     share = outputs[0] - s * outputs[0].sum(dim, keepdim=True)
     return {operand: torch.where(torch.isinf(x), 0, x * share)}
-
-
-def _attention(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
-    """The chain product, mask, softmax, product, each by its own rule in relevance space."""
-    operands = {operand.argument: operand for operand in rule.receivers(op)}
-    query, key, value = (values[argument] for argument in op.args[:3])
-    shared_heads = key.dim() > 3 and key.shape[-3] != query.shape[-3]
-    group = query.shape[-3] // key.shape[-3] if shared_heads else 1
-    key_full, value_full = (t.repeat_interleave(group, -3) if shared_heads else t for t in (key, value))
-    scale = op.kwargs.get("scale") or 1 / math.sqrt(query.shape[-1])
-    scores = scale * query @ key_full.mT
-    masked = scores + _mask(op, scores, values)
-    weights = torch.nan_to_num(torch.softmax(masked, -1))
-    result = weights @ value_full
-    ratio = quotient(outputs[0], result)
-    on_scores = isinstance(rule, Attention) and not isinstance(rule, AttentionValueOnly)
-    scored = [side for side in (0, 1) if side in operands]
-    split = 2 if 2 in operands and scored and on_scores else 1
-    found: Relevances = {}
-    if 2 in operands:
-        found[operands[2]] = _ungroup(value_full * (weights.mT @ (ratio / split)), group)
-    if scored and on_scores:
-        r_weights = weights * ((ratio / split) @ value_full.mT)
-        share = r_weights - weights * r_weights.sum(-1, keepdim=True)
-        r_masked = torch.where(torch.isinf(masked), 0, masked * share)
-        r_scores = torch.where(torch.isinf(masked), 0, scores * quotient(r_masked, masked))
-        each = scale * quotient(r_scores, scores) / len(scored)
-        if 0 in operands:
-            found[operands[0]] = query * (each @ key_full)
-        if 1 in operands:
-            found[operands[1]] = _ungroup(key_full * (each.mT @ query), group)
-    return found
-
-
-def _ungroup(relevance: Tensor, group: int) -> Tensor:
-    """Sum over the query heads that share one key or value head."""
-    if group == 1:
-        return relevance
-    return relevance.reshape(*relevance.shape[:-3], -1, group, *relevance.shape[-2:]).sum(-3)
-
-
-def _mask(op: Operation, scores: Tensor, values: dict[fx.Node, Any]) -> Tensor:
-    flash = op_name(op.node) == "aten::_scaled_dot_product_flash_attention_for_cpu"
-    mask = _maybe(op.kwargs.get("attn_mask") if flash else op.argument(3, "attn_mask"), values)
-    is_causal = op.argument(4 if flash else 5, "is_causal", False)
-    added = torch.zeros_like(scores)
-    if is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        added = added.masked_fill(future, -math.inf)
-    if mask is not None:
-        added = added.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else added + mask
-    return added
 
 
 def _scan(rule: Rule, op: Operation, outputs: list[Tensor], values: dict[fx.Node, Any]) -> Relevances:
@@ -400,8 +344,8 @@ FORMULAS: dict[type[Rule], Callable[[Rule, Operation, list[Tensor], dict[fx.Node
     RMSNorm: _pass,
     BatchNorm: _batch_norm,
     SoftmaxGradient: _softmax,
-    Attention: _attention,
-    AttentionValueOnly: _attention,
+    Attention: attention,
+    AttentionValueOnly: attention,
     Gradient: _gradient,
     Recurrent: recurrent,
     ConstantRouter: _plain,

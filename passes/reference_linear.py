@@ -17,6 +17,11 @@ Values = dict[fx.Node, Any]
 Relevances = dict[Operand, Tensor]
 
 
+def maybe(node: fx.Node | None, values: dict[fx.Node, Any]) -> Tensor | None:
+    """The value of an argument that may be left out."""
+    return None if node is None else values[node]
+
+
 def quotient(relevance: Tensor, z: Tensor) -> Tensor:
     """R / z, nothing where z is zero; a complex z is a pair of real numbers, and its R holds that of either."""
     if z.is_complex():
