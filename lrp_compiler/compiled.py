@@ -26,19 +26,18 @@ from lrp_compiler.registry import with_rules
 
 @dataclass
 class ExplainedCall:
-    """One kind of call with its composite and attributed inputs; code is made per request."""
+    """One kind of call with its composite and attributed inputs; code is made per request.
+
+    ``binder``, the captured call's, tells the sizes of a call.
+    """
 
     stages: tuple[Stage, ...]
+    binder: SizeBinder
     executables: dict[Request, tuple[tuple[Stage, ...], Executable]] = field(default_factory=dict)
 
     @property
     def program(self) -> Program:
         return self.stages[-1].program
-
-    @cached_property
-    def binder(self) -> SizeBinder:
-        """What tells the sizes of a call."""
-        return SizeBinder(self.program)
 
     @cached_property
     def is_random(self) -> bool:
@@ -107,7 +106,7 @@ class Compiler:
         with self._lock:
             known = self._explained.setdefault(call, {})
             if inputs not in known:
-                known[inputs] = ExplainedCall(explain(call.stages, *inputs, self._choose))
+                known[inputs] = ExplainedCall(explain(call.stages, *inputs, self._choose), call.binder)
             return known[inputs]
 
     def explain_partly(self, call: CapturedCall, attributed: tuple[str, ...] | None) -> tuple[Stage, ...]:
