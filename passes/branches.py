@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, fx
 
+from lrp_compiler.passes.buffers import free_values, saved_values
 from lrp_compiler.passes.program import Constant, Program, facts, forward_nodes
 
 SIDES = ("true", "false")
@@ -124,13 +125,13 @@ def rule_tensors(branch: Program) -> dict[str, Tensor]:
 
 def kept_names(branch: Program) -> list[str]:
     """The values inside a branch that its forward pass returns for relevance, behind its outputs."""
-    return [buffer.name for buffer in branch.buffers if buffer.kind == "saved"]
+    return saved_values(branch)
 
 
 def read_names(branch: Program) -> list[str]:
     """The operands, then the kept values, that the relevance of a branch reads."""
     tensors = rule_tensors(branch)
-    free = [buffer.name for buffer in branch.buffers if buffer.kind == "free" and buffer.name not in tensors]
+    free = [name for name in free_values(branch) if name not in tensors]
     return [*free, *kept_names(branch)]
 
 

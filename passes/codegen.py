@@ -20,7 +20,7 @@ from lrp_compiler.passes.branches import (
     read_names,
     rule_tensors,
 )
-from lrp_compiler.passes.lower_promises import free_values, recorded_values, reference_values, saved_values
+from lrp_compiler.passes.buffers import free_values, recorded_values, reference_values, saved_values
 from lrp_compiler.passes.program import Constant, Program, copy_graph, is_float
 from lrp_compiler.passes.sizes import Size, Sizes
 

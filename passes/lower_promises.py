@@ -1,16 +1,19 @@
-"""lower_promises: every promise becomes a deferred buffer: an input (free), a view, a saved or a reference value."""
+"""lower_promises: every promise becomes a deferred buffer: free, a view, compressed, recomputed or saved."""
 
 from __future__ import annotations
 
-import math
-import operator
+import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from lrp_compiler.passes.emitter import PROMISES, reference_promise
-from lrp_compiler.passes.optable import aten_names, op_name
+from lrp_compiler.kernels.randomness import generator_state
+from lrp_compiler.passes.deferral import REPLAY, demanded_by, drop_dead_nodes, either, fixed_nodes
+from lrp_compiler.passes.emitter import promise, reference_promise
+from lrp_compiler.passes.optable import schema_name
+from lrp_compiler.passes.prices import Prices, Pricing
 from lrp_compiler.passes.program import (
     FACTS,
     Buffer,
@@ -23,102 +26,183 @@ from lrp_compiler.passes.program import (
     value_of,
 )
 from lrp_compiler.passes.promise_branches import promise_branches
+from lrp_compiler.passes.retain import retained
 from lrp_compiler.passes.sizes import hints
-
-VIEWS = aten_names("view transpose permute expand unsqueeze squeeze select slice t unflatten alias detach")
-TUPLE_VIEWS = aten_names("split split_with_sizes chunk unbind")
+from lrp_compiler.passes.storage import base_of, bytes_of, shown
 
 
-def lower_promises(program: Program) -> Program:
-    """Replace promise nodes by the value they stand for, or by views taken of the base that is kept.
+def lower_promises(program: Program, prices: Prices | None = None) -> Program:
+    """Replace promise nodes by the value they stand for, kept by the forward pass, or computed again from what is.
 
-    Values of the reference run become further graph inputs. Afterwards relevance ops read forward nodes only where
-    ``buffers`` lists them.
+    A relevance op that depends on no seed may move to the forward pass, where what it makes is smaller than what it
+    reads. Values of the reference run become further graph inputs. Afterwards relevance ops read forward nodes only
+    where ``buffers`` lists them.
     """
     program = program.fork()
     promise_branches(program)
-    read_by: dict[tuple[fx.Node, BufferKind], list[str]] = {}
-    replayed: dict[Any, dict[fx.Node, fx.Node]] = {target: {} for target in PROMISES}
-    last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
-    views: list[Buffer] = []
-    for node in [n for n in program.graph.nodes if n.target in PROMISES]:
-        value = first_argument(node)
-        readers = sorted({facts(user).origin for user in node.users})
-        base = _base(value)
-        of_reference = node.target is reference_promise
-        kind: BufferKind = "reference" if of_reference else "free" if base.op == "placeholder" else "saved"
-        read_by.setdefault((base, kind), []).extend(readers)
-        if base is not value:
-            views.append(_buffer(value, "view", readers, program))
-        known = replayed[node.target]
-        if base not in known:
-            known[base] = base
-            if of_reference:
-                known[base] = last = _reference_input(program.graph, base, last)
-        node.replace_all_uses_with(_replay(program.graph, value, node, known))
-        program.graph.erase_node(node)
-    kept = [_buffer(base, kind, sorted(set(readers)), program) for (base, kind), readers in read_by.items()]
-    return program.having(buffers=(*kept, *views))
+    return _Lowering(program, prices or Prices()).run()
 
 
-def _reference_input(graph: fx.Graph, node: fx.Node, after: fx.Node) -> fx.Node:
-    """A graph input for the value of ``node`` in the reference run, behind the input ``after``."""
-    with graph.inserting_after(after):
-        made = graph.placeholder(f"reference_{node.name}")
-    made.meta = {"val": tensor_of(node), FACTS: Facts(part="reference", origin=node.name)}
-    return made
+class _Lowering:
+    def __init__(self, program: Program, prices: Prices) -> None:
+        self.program = program
+        self.graph = program.graph
+        self.nodes = program.nodes_by_name()
+        self.last_input = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        self.fixed = fixed_nodes(self.graph)
+        self.promised = {first_argument(node) for node in self.graph.nodes if node.target is promise}
+        demanded = [value for node in self.readers() for value in demanded_by(node, self.fixed)]
+        self.kept = retained(demanded, Pricing(prices))
+        self.moved: dict[fx.Node, fx.Node] = {}
+        self.again: dict[fx.Node, fx.Node] = {}
+        self.views: set[fx.Node] = set()
 
+    def run(self) -> Program:
+        for node in [node for node in self.kept if facts(node).part != "forward"]:
+            self.in_forward(node)
+        references = self.lower_references()
+        for node in self.readers():
+            for operand in node.all_input_nodes:
+                node.replace_input_with(operand, self.chosen(operand))
+        drop_dead_nodes(self.graph, kept=generator_state)
+        for node in self.readers():
+            for operand in [operand for operand in node.all_input_nodes if operand.target is promise]:
+                node.replace_input_with(operand, self.forward_value(first_argument(operand), node))
+        drop_dead_nodes(self.graph)
+        return self.program.having(buffers=(*self.buffers(), *references))
 
-def _base(node: fx.Node) -> fx.Node:
-    """The node whose storage a chain of views shows."""
-    while True:
-        if op_name(node) in VIEWS:
-            node = first_argument(node)
-        elif node.target is operator.getitem and op_name(first_argument(node)) in TUPLE_VIEWS:
-            node = first_argument(first_argument(node))
-        else:
+    def readers(self) -> list[fx.Node]:
+        """Relevance ops and the output, which returns relevance."""
+        return [node for node in self.graph.nodes if node.op == "output" or facts(node).part == "relevance"]
+
+    def chosen(self, value: fx.Node) -> fx.Node:
+        """What stands for ``value`` in the relevance graph: what the forward pass made, or one of two forms."""
+        if value.target is either:
+            direct, unpacked = value.args
+            # What packs stands on the forward side by now if that is where it is kept.
+            is_packed = facts(first_argument(unpacked)).part == "forward"  # type: ignore[arg-type]
+            return self.chosen(unpacked if is_packed else direct)  # type: ignore[arg-type]
+        return self.moved.get(value, value)
+
+    def forward_value(self, value: fx.Node, at: fx.Node) -> fx.Node:
+        """A forward value in the relevance graph: itself where it is kept, else computed again in front of ``at``."""
+        if value.op == "placeholder" or value in self.kept:
+            return value
+        if value not in self.again:
+            if shown(value) is not None:
+                self.views.add(value)
+            if REPLAY in value.meta:
+                function, state, arguments = value.meta[REPLAY]
+                with self.graph.inserting_before(at):
+                    made = self.graph.call_function(function, (self.nodes[state], *arguments))
+                made.meta = dict(value.meta)
+            else:
+                operands = {operand: self.forward_value(operand, at) for operand in value.all_input_nodes}
+                made = self.copied(value, at, operands)
+            self.again[value] = made
+        return self.again[value]
+
+    def copied(self, value: fx.Node, at: fx.Node, operands: dict[fx.Node, fx.Node]) -> fx.Node:
+        """A forward op once more, on other operands, among the relevance ops."""
+        with self.graph.inserting_before(at):
+            made = self.graph.node_copy(value, operands.__getitem__)
+        made.meta[FACTS] = Facts(part="relevance", origin=value.name)
+        return made
+
+    def in_forward(self, node: fx.Node) -> fx.Node:
+        """A relevance op that depends on no seed, among the forward ops, right behind what it reads."""
+        if node.target is promise:
+            return self.in_forward(first_argument(node))
+        if node.target is either:
+            return self.in_forward(first_argument(node))
+        if facts(node).part == "forward":
             return node
+        if node not in self.moved:
+            operands = {operand: self.in_forward(operand) for operand in node.all_input_nodes}
+            with self.graph.inserting_after(max([self.last_input, *operands.values()])):
+                made = self.graph.create_node(
+                    "call_function",
+                    node.target,
+                    fx.map_arg(node.args, operands.__getitem__),
+                    fx.map_arg(node.kwargs, operands.__getitem__),
+                    name=self.name_in_forward(node),
+                )
+            made.meta = {**node.meta, FACTS: Facts(origin=facts(node).origin)}
+            self.moved[node] = made
+        return self.moved[node]
 
+    def name_in_forward(self, node: fx.Node) -> str:
+        """A name that says what the value is, whatever was asked for: recordings are read by name."""
+        digest = hashlib.sha1(self.text(node).encode()).hexdigest()[:8]
+        return f"{facts(node).origin}_{schema_name(node.target).rpartition('::')[2]}_{digest}"
 
-def _replay(graph: fx.Graph, value: fx.Node, before: fx.Node, replayed: dict[fx.Node, fx.Node]) -> fx.Node:
-    """``value`` computed again by its views of a replayed base, once, placed among the relevance ops."""
-    if value not in replayed:
-        parent = first_argument(value)
-        source = _replay(graph, parent, before, replayed)
-        with graph.inserting_before(before):
-            view = graph.node_copy(value, lambda old: source if old is parent else old)
-        view.meta[FACTS] = Facts(part="relevance", origin=value.name)
-        replayed[value] = view
-    return replayed[value]
+    def text(self, node: fx.Node) -> str:
+        """The formula of a value in terms of forward values."""
+        if node.target in (promise, either):
+            return self.text(first_argument(node))
+        if facts(node).part == "forward":
+            return node.name
+        inner = {operand: self.text(operand) for operand in node.all_input_nodes}
+        return f"{node.target}({fx.map_arg(node.args, inner.get)}, {fx.map_arg(node.kwargs, inner.get)})"
 
+    def lower_references(self) -> list[Buffer]:
+        """Make values of the reference run graph inputs, and views of them views."""
+        known: dict[fx.Node, fx.Node] = {}
+        readers: dict[fx.Node, list[str]] = {}
+        for node in [n for n in self.graph.nodes if n.target is reference_promise]:
+            value = first_argument(node)
+            base = base_of(value)
+            readers.setdefault(base, []).extend(facts(user).origin for user in node.users)
+            if base not in known:
+                known[base] = self.reference_input(base)
+            node.replace_all_uses_with(self.seen_again(value, node, known))
+            self.graph.erase_node(node)
+        return [self.buffer(base, "reference", read) for base, read in readers.items()]
 
-def _buffer(node: fx.Node, kind: BufferKind, readers: list[str], program: Program) -> Buffer:
-    value = value_of(node)
-    if not isinstance(value, torch.Tensor):
-        # A number (an item, a predicate); python's own take eight bytes.
-        return Buffer(node.name, kind, 8, type(value).__name__.removeprefix("Sym").lower(), (), tuple(readers))
-    shape = hints(value.shape)
-    size = math.prod(shape) * value.element_size() if kind in ("saved", "reference") else 0
-    dtype = str(value.dtype).removeprefix("torch.")
-    return Buffer(node.name, kind, size, dtype, shape, tuple(readers))
+    def reference_input(self, node: fx.Node) -> fx.Node:
+        """A graph input for the value of ``node`` in the reference run, behind the others."""
+        with self.graph.inserting_after(self.last_input):
+            self.last_input = made = self.graph.placeholder(f"reference_{node.name}")
+        made.meta = {"val": tensor_of(node), FACTS: Facts(part="reference", origin=node.name)}
+        return made
 
+    def seen_again(self, value: fx.Node, at: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+        """``value`` as its views show a value that is known."""
+        if value not in known:
+            parent = first_argument(value)
+            known[value] = self.copied(value, at, {parent: self.seen_again(parent, at, known)})
+        return known[value]
 
-def saved_values(program: Program) -> list[str]:
-    """The forward nodes whose values outlive the forward pass for relevance alone."""
-    return [buffer.name for buffer in program.buffers if buffer.kind == "saved"]
+    def buffers(self) -> list[Buffer]:
+        """What relevance reads of the forward pass, in the order in which it does."""
+        values = {made: value for value, made in self.again.items()}
+        readers: dict[fx.Node, set[str]] = {}
+        for user in reversed(self.readers()):
+            origins = readers[user] if user in values else {facts(user).origin}
+            for operand in user.all_input_nodes if user.op != "output" else self.returned(user):
+                if operand in values or facts(operand).part == "forward":
+                    readers.setdefault(operand, set()).update(origins)
+        found = ((values.get(node, node), read) for node, read in reversed(readers.items()))
+        rows = ((value, self.kind(value), read) for value, read in found)
+        return [self.buffer(*row) for row in rows if row[1] != "view" or row[0] in self.promised]
 
+    def returned(self, output: fx.Node) -> list[fx.Node]:
+        """The results among what the joint graph returns."""
+        values = output.args[0]
+        assert isinstance(values, tuple)
+        return list(values[len(values) - len(self.program.results) :])
 
-def free_values(program: Program) -> list[str]:
-    """The graph inputs that the relevance pass reads."""
-    return [buffer.name for buffer in program.buffers if buffer.kind == "free"]
+    def kind(self, value: fx.Node) -> BufferKind:
+        if value.op == "placeholder" or value.name in self.program.outputs:
+            return "free"
+        if value in self.again:
+            return "view" if value in self.views else "recomputed"
+        return "compressed" if facts(value).origin else "saved"
 
-
-def reference_values(program: Program) -> list[str]:
-    """The forward nodes whose values in the reference run the relevance pass reads."""
-    return [buffer.name for buffer in program.buffers if buffer.kind == "reference"]
-
-
-def recorded_values(program: Program) -> list[str]:
-    """What a forward pass returns for relevance: values read of this run, then those of the reference run alone."""
-    inputs = {spec.node for spec in program.inputs}
-    return list(dict.fromkeys([*saved_values(program), *(n for n in reference_values(program) if n not in inputs)]))
+    def buffer(self, node: fx.Node, kind: BufferKind, readers: Iterable[str]) -> Buffer:
+        value: Any = value_of(node)
+        read = tuple(sorted(set(readers)))
+        size = 0 if kind in ("free", "view") else bytes_of(value)
+        if not isinstance(value, torch.Tensor):
+            return Buffer(node.name, kind, size, type(value).__name__.removeprefix("Sym").lower(), (), read)
+        return Buffer(node.name, kind, size, str(value.dtype).removeprefix("torch."), hints(value.shape), read)

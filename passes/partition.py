@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from lrp_compiler.passes.branches import within
-from lrp_compiler.passes.lower_promises import free_values, recorded_values, reference_values, saved_values
+from lrp_compiler.passes.buffers import free_values, recorded_values, reference_values, saved_values
 from lrp_compiler.passes.program import Constant, Program, facts, output_node
 
 

@@ -17,6 +17,7 @@ from lrp_compiler.passes.canonicalise import attends_with_learned_mask, canonica
 from lrp_compiler.passes.capture import capture
 from lrp_compiler.passes.clean import clean
 from lrp_compiler.passes.codegen import Executable, codegen
+from lrp_compiler.passes.compress import compress
 from lrp_compiler.passes.decompose import decompose
 from lrp_compiler.passes.functionalise import functionalise
 from lrp_compiler.passes.insert_relevance import insert_relevance
@@ -39,7 +40,7 @@ CAPTURE: tuple[Pass, ...] = (capture, clean, pin, decompose, functionalise, cano
 EXPLAIN: tuple[Pass, ...] = (analyse, assign_rules)
 """... -> each op's rule; depends on the attributed inputs and the composite."""
 
-EMIT: tuple[Pass, ...] = (insert_relevance, simplify, lower_promises, partition)
+EMIT: tuple[Pass, ...] = (insert_relevance, simplify, compress, lower_promises, partition)
 """... -> forward and relevance graph; depends on what was asked for. Then codegen."""
 
 PIPELINE: tuple[Pass, ...] = (*CAPTURE, *EXPLAIN, *EMIT)

@@ -172,12 +172,13 @@ class Conversion:
         return f"{self.node} -> {self.to}"
 
 
-BufferKind = Literal["free", "view", "saved", "reference"]
+BufferKind = Literal["free", "view", "compressed", "recomputed", "saved", "reference"]
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Where one promise is kept: ``free`` (a graph input), ``view`` of something kept, or ``saved``.
+    """Where one promise is kept: ``free`` (a graph input or an output), ``view`` of something kept, ``compressed``
+    (less than the value, made of it in the forward pass), ``recomputed`` in the relevance pass, or ``saved``.
 
     ``bytes`` and ``shape`` are those of the captured call where sizes differ from call to call.
     A ``reference`` buffer holds the value that the node has in the reference run.

@@ -118,7 +118,7 @@ def results_are_relevance(program: Program) -> str | None:
 
 def no_promises(program: Program) -> str | None:
     """Every promise has been lowered; relevance reads forward values only out of planned buffers."""
-    planned = {buffer.name for buffer in program.buffers if buffer.kind in ("free", "saved")}
+    planned = {buffer.name for buffer in program.buffers if buffer.kind in ("free", "saved", "compressed")}
     referenced = {buffer.name for buffer in program.buffers if buffer.kind == "reference"}
     for node in program.graph.nodes:
         if node.target in PROMISES:
@@ -185,6 +185,7 @@ LEGAL: dict[str, tuple[Check, ...]] = {
     "assign_rules": (*ANALYSED, live_has_rule),
     "insert_relevance": JOINT,
     "simplify": JOINT,
+    "compress": JOINT,
     "lower_promises": (*FUNCTIONAL, no_promises),
     "partition": (*FUNCTIONAL, is_partitioned),
 }

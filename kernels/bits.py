@@ -1,0 +1,65 @@
+"""Masks and signs as bits: an eighth of a byte per element and plane, where a mask takes one byte and a value four.
+
+Eight bytes of 0 or 1 are read as one integer, so that one product collects or spreads them; comparisons of floats are
+several times slower on CPU than clamping and casting, so there are none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GATHER = 0x0102040810204080
+"""The product with eight bytes of 0 or 1 has them in its highest byte, byte k as bit k."""
+SPREAD = 0x0101010101010101
+"""The product with a byte has that byte eight times."""
+BIT_OF_EACH = 0x8040201008040201 - (1 << 64)
+"""Bit k of byte k."""
+TO_HIGHEST = 0x7F7F7F7F7F7F7F7F
+"""Added to bytes with one bit or none, this leaves the highest bit set where there was one."""
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool tensor of n elements as uint8 (ceil(n / 8),), in the order of ``mask.flatten()``."""
+    flat = mask.flatten().view(torch.uint8)
+    missing = -flat.shape[0] % 8
+    if missing:
+        flat = F.pad(flat, (0, missing))
+    return (flat.view(torch.int64) * GATHER).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def _bytes(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The packed elements as uint8 of ``shape``, 0 or 1."""
+    words = bits.to(torch.int64).mul_(SPREAD).bitwise_and_(BIT_OF_EACH)
+    words.add_(TO_HIGHEST).bitwise_right_shift_(7).bitwise_and_(SPREAD)
+    return words.view(torch.uint8)[: math.prod(shape)].view(shape)
+
+
+def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool tensor of ``shape`` that ``pack_bits`` packed."""
+    return _bytes(bits, shape).view(torch.bool)
+
+
+def pack_positive(x: Tensor) -> Tensor:
+    """Where ``x`` is not <= 0 (as in the derivative of ReLU, NaN counts), as bits."""
+    return pack_bits(x.clamp(min=0).to(torch.bool))
+
+
+def unpack_positive(bits: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """1 where the packed tensor was not <= 0, else 0."""
+    return _bytes(bits, shape).to(dtype)
+
+
+def pack_sign(x: Tensor) -> Tensor:
+    """The sign of every element of ``x`` as two bits: uint8 (2, ceil(n / 8))."""
+    return torch.stack([pack_positive(x), pack_positive(-x)])
+
+
+def unpack_sign(bits: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """sign(x) of the packed tensor."""
+    positive, negative = (_bytes(plane, shape).view(torch.int8) for plane in bits)
+    return (positive - negative).to(dtype)

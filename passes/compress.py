@@ -1,0 +1,221 @@
+"""compress: what relevance reads of a forward value, where that is less than the value, gets a small form.
+
+A mask takes a bit per element, a pooling's winner a byte, a dropout mask the state of the random number generator; an
+argument that is read for its shape alone takes nothing. ``lower_promises`` decides what is kept: where a value is at
+hand anyway its small form is left out again.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lrp_compiler.kernels.bits import (
+    pack_bits,
+    pack_positive,
+    pack_sign,
+    unpack_bits,
+    unpack_positive,
+    unpack_sign,
+)
+from lrp_compiler.kernels.pooling import Geometry, indices_of_offsets, window_offsets
+from lrp_compiler.kernels.randomness import bernoulli_again, generator_state
+from lrp_compiler.passes.deferral import REPLAY, drop_dead_nodes, either, fixed_nodes
+from lrp_compiler.passes.emitter import promise
+from lrp_compiler.passes.optable import aten_names, schema_name
+from lrp_compiler.passes.program import (
+    FACTS,
+    Facts,
+    Program,
+    facts,
+    first_argument,
+    forward_nodes,
+    tensor_of,
+    value_of,
+)
+from lrp_compiler.passes.sizes import with_literals
+
+aten = torch.ops.aten
+POOLS = {"aten::max_pool2d_with_indices": 2, "aten::max_pool3d_with_indices": 3}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A pair of functions: (value, ...) -> small form, (small form, ...) -> what is read of the value."""
+
+    packs: Callable[..., torch.Tensor]
+    unpacks: Callable[..., torch.Tensor]
+    planes: tuple[int, ...] = ()
+
+    def arguments(self, shape: list[Any], extra: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What both functions take beside a tensor."""
+        return (extra, extra) if self is WINNERS else ((), (shape, *extra))
+
+    def packed_like(self, value: torch.Tensor) -> torch.Tensor:
+        """A tensor like the small form of ``value``, or of a value of its shape."""
+        shape = value.shape if self is WINNERS else (*self.planes, (value.numel() + 7) // 8)
+        return torch.empty(shape, dtype=torch.uint8, device=value.device)
+
+
+MASK = Packing(pack_bits, unpack_bits)
+POSITIVE = Packing(pack_positive, unpack_positive)
+SIGN = Packing(pack_sign, unpack_sign, planes=(2,))
+WINNERS = Packing(window_offsets, indices_of_offsets)
+
+SHAPE_ONLY: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(
+        aten_names("zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full"), (0,)
+    ),
+    **dict.fromkeys(
+        aten_names(
+            "avg_pool2d_backward avg_pool3d_backward _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward"
+            " reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward replication_pad1d_backward"
+            " replication_pad2d_backward replication_pad3d_backward max_pool2d_with_indices_backward"
+            " max_pool3d_with_indices_backward"
+        ),
+        (1,),
+    ),
+}
+"""Op -> the places of arguments that it reads shape and dtype of, and no value."""
+
+
+def compress(program: Program) -> Program:
+    """Put small forms of masks, winners and shapes between the forward values and the relevance ops that read them."""
+    program = program.fork()
+    _Compressor(program).run()
+    # Generator states are read by no op until a draw has to be repeated.
+    drop_dead_nodes(program.graph, kept=generator_state)
+    return program
+
+
+class _Compressor:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = program.graph
+        self.fixed = fixed_nodes(self.graph)
+        self.known: dict[tuple[fx.Node, Packing], fx.Node] = {}
+
+    def run(self) -> None:
+        for node in list(forward_nodes(self.program)):
+            if node.target is aten.bernoulli.p:
+                self.make_repeatable(node)
+        for node in list(self.graph.nodes):
+            if node.op == "call_function" and facts(node).part in ("relevance", "promise"):
+                self.drop_values(node)
+                self.pack(node)
+
+    def drop_values(self, node: fx.Node) -> None:
+        """Put a zero, expanded, in place of what is read for its shape alone."""
+        places = SHAPE_ONLY.get(schema_name(node.target), ())
+        # The backward of a convolution reads its input for the gradient of the weight alone.
+        if node.target is aten.convolution_backward.default and node.args[-1] == [True, False, False]:
+            places = (1,)
+        for place in places:
+            operand = node.args[place] if place < len(node.args) else None
+            if isinstance(operand, fx.Node) and operand in self.fixed:
+                node.update_arg(place, self.zero_like(operand, node))
+
+    def zero_like(self, operand: fx.Node, reader: fx.Node) -> fx.Node:
+        value = tensor_of(operand)
+        with self.graph.inserting_before(reader):
+            zero = self.graph.call_function(aten.zeros.default, ([],), {"dtype": value.dtype, "device": value.device})
+            made = self.graph.call_function(aten.expand.default, (zero, with_literals(list(value.shape))))
+        with self.program.fake_mode:
+            zero.meta["val"] = torch.zeros([], dtype=value.dtype, device=value.device)
+            made.meta["val"] = torch.empty_strided(
+                value.shape, [0] * value.dim(), dtype=value.dtype, device=value.device
+            )
+        for one in (zero, made):
+            one.meta[FACTS] = Facts(part="relevance", origin=facts(reader).origin)
+            self.fixed.add(one)
+        return made
+
+    def pack(self, node: fx.Node) -> None:
+        """Give a mask, a sign, winners, or what a ReLU's derivative reads a packed form."""
+        if schema_name(node.target) == "aten::threshold_backward" and node.args[2] == 0 and node.args[1] in self.fixed:
+            value = node.args[1]
+            assert isinstance(value, fx.Node)
+            node.update_arg(1, self.packed(value, value, POSITIVE, (tensor_of(value).dtype,)))
+        elif node in self.fixed and isinstance(value_of(node), torch.Tensor):
+            self.pack_value(node)
+
+    def pack_value(self, node: fx.Node) -> None:
+        """Have the readers of a mask, of a sign or of winners read either that or its packed form."""
+        readers = list(node.users)
+        if tensor_of(node).dtype is torch.bool:
+            readers = [user for user in readers if not (user in self.fixed and _is_mask(user))]
+            form: tuple[fx.Node, Packing, tuple[Any, ...]] = (node, MASK, ())
+        elif node.target is aten.sign.default:
+            form = (first_argument(node), SIGN, (tensor_of(node).dtype,))
+        elif node.target is promise and (pooled := _pooled(first_argument(node))) is not None:
+            form = (node, WINNERS, pooled)
+        else:
+            return
+        for reader in readers:
+            reader.replace_input_with(node, self.packed(node, *form))
+
+    def packed(self, direct: fx.Node, source: fx.Node, packing: Packing, extra: tuple[Any, ...]) -> fx.Node:
+        """Either ``direct`` or the same unpacked from what is packed of ``source``, written right behind it."""
+        if (direct, packing) not in self.known:
+            value = tensor_of(direct)
+            to_pack, to_unpack = packing.arguments(with_literals(list(value.shape)), extra)
+            small = self.behind(direct, packing.packs, (source, *to_pack))
+            unpacked = self.behind(small, packing.unpacks, (small, *to_unpack))
+            with self.program.fake_mode:
+                small.meta["val"] = packing.packed_like(value)
+                unpacked.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            self.known[direct, packing] = self.behind(unpacked, either, (direct, unpacked))
+            self.known[direct, packing].meta["val"] = value
+        return self.known[direct, packing]
+
+    def behind(self, node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+        """A new relevance op right behind ``node``."""
+        with self.graph.inserting_after(node):
+            made = self.graph.call_function(target, args)
+        made.meta[FACTS] = Facts(part="relevance", origin=facts(node).origin)
+        self.fixed.add(made)
+        return made
+
+    def make_repeatable(self, node: fx.Node) -> None:
+        """Note the generator's state in front of a draw, so that it can be made a second time."""
+        value = tensor_of(node)
+        with self.graph.inserting_before(node):
+            name = f"generator_state_of_{node.name}"
+            state = self.graph.create_node("call_function", generator_state, (value.device,), name=name)
+        size = generator_state(value.device).shape
+        with self.program.fake_mode:
+            state.meta = {"val": torch.empty(size, dtype=torch.uint8), FACTS: Facts()}
+        layout = with_literals((list(value.shape), list(value.stride())))
+        node.meta[REPLAY] = (bernoulli_again, state.name, (node.args[1], *layout, value.dtype, value.device))
+
+
+def _is_mask(node: fx.Node) -> bool:
+    """Whether ``node`` is one tensor of truth values."""
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool
+
+
+def _pooled(node: fx.Node) -> tuple[list[Any], Geometry] | None:
+    """Input sizes and geometry of the max pooling whose winners ``node`` holds, if a window fits a byte; else None."""
+    if node.target is not operator.getitem or node.args[1] != 1:
+        return None
+    pool = first_argument(node)
+    dims = POOLS.get(schema_name(pool.target), 0)
+    if not dims:
+        return None
+    kernel, *given = (_spread(pool.args[at] if at < len(pool.args) else [], dims) for at in range(1, 5))
+    stride, padding, dilation = given[0] or kernel, given[1] or (0,) * dims, given[2] or (1,) * dims
+    sizes = with_literals(list(tensor_of(first_argument(pool)).shape[-dims:]))
+    return (sizes, (kernel, stride, padding, dilation)) if math.prod(kernel) <= 256 else None
+
+
+def _spread(value: Any, dims: int) -> tuple[int, ...]:
+    """One number per spatial dimension; none where there is no value."""
+    numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return numbers * dims if len(numbers) == 1 else numbers

@@ -1,0 +1,128 @@
+"""What it costs to keep a forward value for relevance, and what to compute it again: both in bytes moved."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from lrp_compiler.kernels.bits import pack_bits, pack_positive, pack_sign
+from lrp_compiler.kernels.pooling import window_offsets
+from lrp_compiler.kernels.randomness import generator_state
+from lrp_compiler.passes.optable import OpClass, classify, op_name
+from lrp_compiler.passes.program import facts, value_of
+from lrp_compiler.passes.sizes import at_hints, hints
+from lrp_compiler.passes.storage import bytes_of, shown
+from lrp_compiler.passes.trace import SCALARS
+
+PACKING: frozenset[Callable[..., Any]] = frozenset({pack_bits, pack_positive, pack_sign, window_offsets})
+"""Functions that make a small value of a large one, from which others make what relevance reads."""
+
+HEAVY = frozenset({OpClass.LINEAR, OpClass.BILINEAR, OpClass.ATTENTION})
+FLOPS_PER_BYTE_OF_OTHERS = {OpClass.RECURRENT: 1000}
+"""Ops that torch's counter does not know -> flops per byte of what they read."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """How much memory traffic one is ready to pay for a byte not kept, and what a call and a flop cost.
+
+    A processor moves about 10 GB/s while it computes 100 GFlop/s and takes 5 us per op, on two cores as on an
+    accelerator a hundred times faster; only these ratios matter.
+    """
+
+    kept_byte: float = 4.0
+    call: float = 65536.0
+    flop: float = 0.1
+
+
+@dataclass
+class Pricing:
+    """The prices of one program's values; flops are counted once per signature."""
+
+    prices: Prices
+    counted: dict[Any, int] = field(default_factory=dict)
+
+    def keep(self, node: fx.Node) -> int | None:
+        """The price of keeping a value from the forward pass on; None for what has no memory of its own."""
+        value = value_of(node)
+        if node.op == "placeholder":
+            return 0
+        if shown(node) is not None or not isinstance(value, (torch.Tensor, *SCALARS)):
+            return None
+        extra = 0.0
+        if node.target in PACKING:
+            # Packed in the forward pass and unpacked in the other: two calls that would not be made otherwise.
+            extra = 2 * (self.prices.call + _moved(node))
+        return int(self.prices.kept_byte * bytes_of(value) + extra)
+
+    def recompute(self, node: fx.Node) -> int | None:
+        """The price of computing a value again from its operands; None where that is not possible or never pays."""
+        if facts(node).part != "forward" or node.target is operator.getitem or shown(node) is not None:
+            # Relevance ops run once on whichever side they are.
+            return 0
+        if not is_repeatable(node):
+            return None
+        price = int(self.prices.call + _moved(node) + self.prices.flop * self.flops(node))
+        outputs = value_of(node) if isinstance(value_of(node), (tuple, list)) else [value_of(node)]
+        return None if self.prices.kept_byte * bytes_of(outputs) <= price else price
+
+    def flops(self, node: fx.Node) -> int:
+        """The floating-point operations of a product, a convolution or attention; 0 where traffic says it all."""
+        entry = classify(node)
+        if entry is not None and entry.op_class in FLOPS_PER_BYTE_OF_OTHERS:
+            return FLOPS_PER_BYTE_OF_OTHERS[entry.op_class] * _moved(node)
+        if entry is None or entry.op_class not in HEAVY:
+            return 0
+        tensors = [value_of(operand) for operand in node.all_input_nodes]
+        key = (node.target, tuple(hints(value.shape) for value in tensors if isinstance(value, torch.Tensor)))
+        if key not in self.counted:
+            self.counted[key] = self._count(node, entry.op_class)
+        return self.counted[key]
+
+    def _count(self, node: fx.Node, op_class: OpClass) -> int:
+        if op_class is OpClass.ATTENTION:
+            query, key, value = (hints(value_of(operand).shape) for operand in node.args[:3])  # type: ignore[arg-type]
+            # Shared keys and values count once for each head that reads them.
+            key, value = ((*query[:-2], *shape[-2:]) for shape in (key, value))
+            return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+        args, kwargs = pytree.tree_map_only(fx.Node, _without_memory, at_hints((node.args, node.kwargs)))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            node.target(*args, **kwargs)  # type: ignore[operator]
+        return int(counter.get_total_flops())
+
+
+def _without_memory(node: fx.Node) -> Any:
+    """A tensor as a value is in the captured call, on the meta device, where asking for its size settles nothing."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(hints(value.shape), hints(value.stride()), dtype=value.dtype, device="meta")
+
+
+def _moved(node: fx.Node) -> int:
+    """The bytes an op reads and writes."""
+    return sum(bytes_of(value_of(operand)) for operand in node.all_input_nodes) + bytes_of(value_of(node))
+
+
+def is_repeatable(node: fx.Node) -> bool:
+    """Whether an op gives the same value when run again: torch's own ops that draw no random numbers."""
+    if node.target is generator_state or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    is_random = torch.Tag.nondeterministic_seeded in node.target.tags and not _draws_nothing(node)
+    return node.target.namespace == "aten" and not is_random and not node.target._schema.is_mutable
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Whether an attention op, which can drop weights out, is told to drop none."""
+    if "attention" not in op_name(node):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    place = names.index("dropout_p")
+    return bool((node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", 0.0)) == 0.0)
