@@ -22,6 +22,7 @@ from lrp_compiler.passes.branches import (
 )
 from lrp_compiler.passes.buffers import free_values, recorded_values, reference_values, saved_values
 from lrp_compiler.passes.program import Constant, Program, copy_graph, is_float
+from lrp_compiler.passes.share_memory import IN_PLACE
 from lrp_compiler.passes.sizes import Size, Sizes
 
 
@@ -64,8 +65,9 @@ class Executable:
 
 DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
+    **{in_place: op for op, in_place in IN_PLACE.items()},
 }
-"""Fused op without a derivative -> a function of the same arguments that has one."""
+"""Op without a derivative, or that overwrites what one needs -> a function of the same arguments that has one."""
 
 
 def codegen(program: Program) -> Executable:

@@ -28,6 +28,7 @@ from lrp_compiler.passes.printer import print_program
 from lrp_compiler.passes.program import Program, Request
 from lrp_compiler.passes.recognise import recognise
 from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.passes.share_memory import share_memory
 from lrp_compiler.passes.simplify import simplify
 from lrp_compiler.passes.verify import verify
 
@@ -40,7 +41,7 @@ CAPTURE: tuple[Pass, ...] = (capture, clean, pin, decompose, functionalise, cano
 EXPLAIN: tuple[Pass, ...] = (analyse, assign_rules)
 """... -> each op's rule; depends on the attributed inputs and the composite."""
 
-EMIT: tuple[Pass, ...] = (insert_relevance, simplify, compress, lower_promises, partition)
+EMIT: tuple[Pass, ...] = (insert_relevance, simplify, compress, lower_promises, partition, share_memory)
 """... -> forward and relevance graph; depends on what was asked for. Then codegen."""
 
 PIPELINE: tuple[Pass, ...] = (*CAPTURE, *EXPLAIN, *EMIT)

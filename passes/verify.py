@@ -9,6 +9,7 @@ import torch
 from lrp_compiler.passes.branches import programs_inside
 from lrp_compiler.passes.emitter import PROMISES
 from lrp_compiler.passes.errors import VerifierError
+from lrp_compiler.passes.lifetimes import roots_of, writes
 from lrp_compiler.passes.program import (
     Constant,
     InputKind,
@@ -65,8 +66,7 @@ def is_flat(program: Program) -> str | None:
 def is_functional(program: Program) -> str | None:
     """No op writes to its arguments."""
     for node in program.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
+        if writes(node):
             return f"{node.name} writes to an argument ({node.target})"
     return None
 
@@ -145,6 +145,16 @@ def is_partitioned(program: Program) -> str | None:
     return None
 
 
+def writes_to_its_own(program: Program) -> str | None:
+    """The relevance graph writes to no argument: those are the caller's."""
+    graph = program.relevance_graph
+    roots = roots_of(graph) if graph is not None else {}
+    for node, root in roots.items():
+        if root.op == "placeholder" and root is not node and writes(node):
+            return f"{node.name} writes to {root.name}, which the caller holds"
+    return None
+
+
 def values_match_ops(program: Program) -> str | None:
     """Fake values of graph inputs are of a shape that their readers can trust: a seed's is its output's."""
     nodes = program.nodes_by_name()
@@ -188,6 +198,7 @@ LEGAL: dict[str, tuple[Check, ...]] = {
     "compress": JOINT,
     "lower_promises": (*FUNCTIONAL, no_promises),
     "partition": (*FUNCTIONAL, is_partitioned),
+    "share_memory": (*FUNCTIONAL, is_partitioned, writes_to_its_own),
 }
 """Pass name -> what must hold after it."""
 

@@ -1,0 +1,79 @@
+"""How long the values of a graph live in the code made of it: from the op that makes them to their last reader."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lrp_compiler.passes.program import first_argument, value_of
+from lrp_compiler.passes.storage import bytes_of, shown
+
+
+def roots_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Per node the one that made its memory: behind views, and ops that write to their first argument."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        source = first_argument(node) if writes(node) else shown(node)
+        found[node] = node if source is None else found[source]
+    return found
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether an op changes one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
+def last_reads(graph: fx.Graph, roots: dict[fx.Node, fx.Node]) -> dict[fx.Node, int]:
+    """Per node with memory of its own, the place in the graph of the last op that reads it, also through views."""
+    found: dict[fx.Node, int] = {}
+    for place, node in enumerate(graph.nodes):
+        for value in (node, *node.all_input_nodes):
+            found[roots[value]] = place
+    return found
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What running a graph allocates: bytes alive while each op runs, and those alive at the end.
+
+    ``peak`` counts neither the graph's inputs nor what an op allocates and frees inside.
+    """
+
+    peak: int
+    left: int
+    at: str
+
+
+def footprint(graph: fx.Graph) -> Footprint:
+    """Follow the allocations of the code made of ``graph``, which gives a value up behind its last reader."""
+    roots = roots_of(graph)
+    last = last_reads(graph, roots)
+    ending: dict[int, int] = {}
+    alive, peak, at = 0, 0, ""
+    for place, node in enumerate(graph.nodes):
+        for size, end in _allocations(node, last) if roots[node] is node else ():
+            alive += size
+            ending[end] = ending.get(end, 0) + size
+        if alive > peak:
+            peak, at = alive, node.name
+        if node.op != "output":
+            alive -= ending.pop(place, 0)
+    return Footprint(peak, alive, at)
+
+
+def _allocations(node: fx.Node, last: dict[fx.Node, int]) -> list[tuple[int, int]]:
+    """(bytes, place of the last reader) of what the call of ``node`` allocates: each part of a tuple ends by itself."""
+    value = value_of(node) if node.op == "call_function" and node.target is not operator.getitem else None
+    if isinstance(value, torch.Tensor):
+        return [(bytes_of(value), last[node])]
+    if not isinstance(value, (tuple, list)):
+        return []
+    ends = [last[node]] * len(value)
+    for reader in node.users:
+        if reader.target is operator.getitem:
+            ends[reader.args[1]] = max(ends[reader.args[1]], last[reader])  # type: ignore[index]
+    return [(bytes_of(part), end) for part, end in zip(value, ends, strict=True)]

@@ -1,0 +1,79 @@
+"""share_memory: relevance ops write into the memory of an operand that nothing reads afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from lrp_compiler.passes.lifetimes import last_reads, roots_of
+from lrp_compiler.passes.program import Program, copy_graph, facts, is_float, value_of
+from lrp_compiler.passes.sizes import size_key
+from lrp_compiler.passes.storage import bytes_of
+
+aten = torch.ops.aten
+
+IN_PLACE: dict[Any, Any] = {
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+    aten.neg.default: aten.neg_.default,
+    aten.erfc.default: aten.erfc_.default,
+    aten.erf.default: aten.erf_.default,
+    aten.exp.default: aten.exp_.default,
+    aten.tanh.default: aten.tanh_.default,
+    aten.sigmoid.default: aten.sigmoid_.default,
+}
+"""Elementwise op -> the same that writes to its first argument; both run one kernel, so that the bits are the same."""
+COMMUTATIVE = frozenset({aten.mul.Tensor, aten.add.Tensor})
+
+
+def share_memory(program: Program) -> Program:
+    """Let elementwise relevance ops reuse the memory of operands that end with them."""
+    if program.relevance_graph is None:
+        return program
+    graph = copy_graph(program.relevance_graph)
+    roots = roots_of(graph)
+    last = last_reads(graph, roots)
+    dependent = _on_seeds(graph)
+    for place, node in enumerate(graph.nodes):
+        source = roots[node]
+        if source is not node:
+            # A view of what is written to elsewhere by now.
+            roots[node] = roots[source]
+        for operand in _overwritable(node):
+            root = roots[operand]
+            # Seeds may be mapped over: what is the same for all of them can hold no value of one.
+            if last[root] == place and _fits(operand, root, node) and (operand in dependent or node not in dependent):
+                node.args = (operand, *(arg for arg in node.args if arg is not operand))
+                node.target = IN_PLACE[node.target]
+                roots[node], last[root] = root, last[node]
+                break
+    return program.having(relevance_graph=graph)
+
+
+def _overwritable(node: fx.Node) -> list[fx.Node]:
+    """The operands that an elementwise op could write to; a product of a value with itself reads it to the end."""
+    if node.target not in IN_PLACE:
+        return []
+    several = node.target in COMMUTATIVE and not node.kwargs and node.args[0] is not node.args[1]
+    return [operand for operand in node.args[: 2 if several else 1] if isinstance(operand, fx.Node)]
+
+
+def _on_seeds(graph: fx.Graph) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if facts(node).part == "seed" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _fits(operand: fx.Node, root: fx.Node, node: fx.Node) -> bool:
+    """Whether ``operand`` is all of a memory made in this graph, laid out as what ``node`` makes."""
+    mine, made, held = value_of(operand), value_of(node), value_of(root)
+    if root.op == "placeholder" or not is_float(held) or not is_float(made) or mine.dtype != made.dtype:
+        return False
+    same = [tuple(map(size_key, (*value.shape, *value.stride()))) for value in (mine, made)]
+    return same[0] == same[1] and bytes_of(mine) == bytes_of(held)
