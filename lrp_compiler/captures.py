@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.passes.cast_explicitly import current_autocast, is_trained, without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.eager_failure import unsupported_argument
 from lrp_compiler.passes.errors import DeviceMismatchError
@@ -274,7 +275,8 @@ def _capture(
     grad_enabled = torch.is_grad_enabled()
     stages = capture_call(model, args, kwargs, kept, grad_enabled, dynamic)
     modes = {grad_enabled} if depends_on_grad_mode(stages) else {False, True}
-    return CapturedCall(stages, compile_forward(stages), frozenset(modes))
+    with without_autocast():
+        return CapturedCall(stages, compile_forward(stages), frozenset(modes))
 
 
 def call_key(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -290,12 +292,9 @@ def call_key(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         weights.append((name, owner, value.shape, value.dtype, value.device, value.requires_grad))
     training = tuple(module.training for module in model.modules())
     devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-    autocast = tuple(
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in sorted(devices)
-        if torch.amp.is_autocast_available(kind)
-    )
-    return tuple(map(_leaf_key, leaves)), tree, tuple(weights), training, autocast
+    autocast = current_autocast(devices)
+    trained = tuple(map(is_trained, leaves)) if autocast.dtypes else ()
+    return tuple(map(_leaf_key, leaves)), tree, tuple(weights), training, autocast, trained
 
 
 def _leaf_key(leaf: Any) -> Any:

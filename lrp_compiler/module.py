@@ -15,6 +15,7 @@ from lrp_compiler.captures import Captures, Compilation
 from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
 from lrp_compiler.coverage import Coverage, measure_coverage
 from lrp_compiler.options import Options
+from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.errors import ArgumentError, BaselineError, LRPError, UnknownInputError
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import InputKind, Request, graph_inputs
@@ -122,7 +123,8 @@ class LRPModule(nn.Module):
         program = call.forward.program
         inputs = graph_inputs(program, self._model, args, kwargs)
         sizes = call.sizes(args, kwargs)
-        values = call.forward.forward(sizes, *inputs)
+        with without_autocast():
+            values = call.forward.forward(sizes, *inputs)
         outputs = len(values) - len(program.mutations)
         names = [spec.node for spec in program.inputs]
         write_back(program.mutations, dict(zip(names, inputs, strict=True)), list(values[outputs:]))

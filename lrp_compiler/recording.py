@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.compiled import Compiler, ExplainedCall
+from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import ReferenceModeError, SizesError, StaleTapeError
 from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result, is_float
@@ -115,7 +116,7 @@ class Recording:
         values += [self._references[name] for name in executable.reference]
         if differentiable:
             values = [value.detach() if isinstance(value, Tensor) else value for value in values]
-        with torch.set_grad_enabled(differentiable):
+        with torch.set_grad_enabled(differentiable), without_autocast():
             code = executable.differentiable if differentiable else executable.relevance
             assert code is not None
             results = _relevance(partial(code, self.sizes), values, seeds, masks, mapped=mapped)
@@ -127,7 +128,7 @@ class Recording:
         if others:
             cause = f"the reference interpreter gives relevance at values, not {' or '.join(others)}"
             raise ReferenceModeError(cause=cause)
-        with self._random_numbers():
+        with self._random_numbers(), without_autocast():
             values = reference_relevance(self.program, list(self._inputs.values()), seeds, [n for n, _ in sites])
         return [(Result(kind, name), values[name]) for name, kind in sites]
 
@@ -196,7 +197,8 @@ def _run_forward(
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
     """(output leaves, mutated values, recorded values) of one forward pass."""
     program = executable.program
-    values = executable.forward(sizes, *inputs)
+    with without_autocast():
+        values = executable.forward(sizes, *inputs)
     outputs = sum(not isinstance(leaf, Constant) for leaf in program.outputs)
     mutated = outputs + len(program.mutations)
     recorded = dict(zip(executable.recorded, values[mutated:], strict=True))

@@ -27,11 +27,15 @@ def _is_opaque(node: fx.Node, kept: frozenset[str]) -> bool:
     """Whether ``node`` calls a composite op that has no rule of its own and is not written in place."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return False
-    schema = node.target._schema
-    name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
     known = classify(node) is not None or op_name(node) in REWRITES
-    return composite and not known and op_name(node) not in kept
+    return is_composite(node) and not known and op_name(node) not in kept
+
+
+def is_composite(node: fx.Node) -> bool:
+    """Whether ``node`` calls an op that is nothing but calls of other ops."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 class _Decomposer(Rewriter):

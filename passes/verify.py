@@ -176,6 +176,7 @@ JOINT: tuple[Check, ...] = (
 LEGAL: dict[str, tuple[Check, ...]] = {
     "capture": (*COMMON, user_inputs_only_once),
     "clean": FLAT,
+    "cast_explicitly": FLAT,
     "pin": FLAT,
     "decompose": FLAT,
     "functionalise": FUNCTIONAL,
