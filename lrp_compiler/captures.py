@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.hooks import refuse_hooks
 from lrp_compiler.passes.cast_explicitly import current_autocast, is_trained, without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.eager_failure import unsupported_argument
@@ -280,7 +281,10 @@ def _capture(
 
 
 def call_key(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Everything but sizes that decides what a call compiles to: arguments, parameters, training flags, autocast."""
+    """Everything but sizes that decides what a call compiles to: arguments, parameters, training flags, autocast.
+
+    Raises HookError for hooks that no compiled call would run.
+    """
     leaves, tree = pytree.tree_flatten((args, kwargs))
     owners: dict[int, int] = {}
     weights = []
@@ -290,11 +294,19 @@ def call_key(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     ]:
         owner = owners.setdefault(id(value), len(owners))
         weights.append((name, owner, value.shape, value.dtype, value.device, value.requires_grad))
-    training = tuple(module.training for module in model.modules())
+    modules = list(model.modules())
+    training = tuple(module.training for module in modules)
+    refuse_hooks(model, [module for module in modules if _has_hooks(module)])
     devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
     autocast = current_autocast(devices)
     trained = tuple(map(is_trained, leaves)) if autocast.dtypes else ()
     return tuple(map(_leaf_key, leaves)), tree, tuple(weights), training, autocast, trained
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs any hook; asked of every module at every call."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _leaf_key(leaf: Any) -> Any:

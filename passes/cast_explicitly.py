@@ -17,17 +17,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lrp_compiler.passes.decompose import is_composite
-from lrp_compiler.passes.optable import op_name
+from lrp_compiler.passes.decompose import has_kernel, is_composite
+from lrp_compiler.passes.errors import AutocastError, user_source
+from lrp_compiler.passes.optable import aten_names, op_name
 from lrp_compiler.passes.program import Program, is_float, tensor_of, value_of
-from lrp_compiler.passes.regions import AUTOCAST, AUTOCAST_REGION, AutocastRegion, region_error
+from lrp_compiler.passes.regions import AUTOCAST, AutocastRegion
 from lrp_compiler.passes.rewriter import Replacement, Rewriter
 from lrp_compiler.passes.sizes import with_numbers
 from lrp_compiler.passes.trace import fresh
 
 aten = torch.ops.aten
-IN_KERNELS = frozenset({"aten::lstm"})
-"""Composite ops that cast where they reach a fused kernel, which fake tensors do not show: all operands at once."""
+IN_KERNELS = {"cpu": frozenset({"aten::lstm"}), "cuda": aten_names("lstm gru rnn_tanh rnn_relu")}
+"""Ops that cast in a fused kernel, which is chosen when the model runs: what they make cannot be told beforehand."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,14 @@ class Autocast:
         return stack
 
 
+OFF = Autocast()
+
+
 def current_autocast(devices: Iterable[str]) -> Autocast:
     """The settings in force for these device types."""
     able = [device for device in sorted(set(devices)) if torch.amp.is_autocast_available(device)]
     on = tuple((device, torch.get_autocast_dtype(device)) for device in able if torch.is_autocast_enabled(device))
-    return Autocast(on, torch.is_autocast_cache_enabled()) if on else Autocast()
+    return Autocast(on, torch.is_autocast_cache_enabled()) if on else OFF
 
 
 def is_trained(value: Any) -> bool:
@@ -71,14 +75,14 @@ def without_autocast() -> contextlib.AbstractContextManager[Any]:
 
 def cast_explicitly(
     program: Program,
-    ambient: Autocast = Autocast(),
+    ambient: Autocast = OFF,
     trained: frozenset[str] = frozenset(),
     kept: frozenset[str] = frozenset(),
 ) -> Program:
     """The same program with autocast's casts written out; ``ambient`` are the settings outside of all regions.
 
-    ``trained`` names the inputs that are leaves of autograd: autocast keeps their casts. Raises RegionError for an op
-    that casts inside and cannot be opened, or is named in ``kept``.
+    ``trained`` names the inputs that are leaves of autograd: autocast keeps their casts. Raises AutocastError for an op
+    that casts inside and cannot be opened: in a kernel, or because it is named in ``kept``.
     """
     if not ambient.dtypes and not any(AUTOCAST in node.meta for node in program.graph.nodes):
         return program
@@ -104,8 +108,10 @@ class _Caster(Rewriter):
         leaves, tree = pytree.tree_flatten((node.args, node.kwargs))
         if not settings.dtypes or not any(isinstance(leaf, fx.Node) for leaf in leaves):
             return None
-        in_kernel = op_name(node) in IN_KERNELS
-        casts = _casts_in_kernel(leaves, settings) if in_kernel else _casts(node, settings, self.program.fake_mode)
+        for device, _ in settings.dtypes:
+            if op_name(node) in IN_KERNELS.get(device, ()):
+                raise _refusal(node, device, "what it casts is decided by the kernel that runs")
+        casts = _casts(node, settings, self.program.fake_mode)
         if casts is None:
             return self.opened(node, settings)
         if not casts:
@@ -136,10 +142,14 @@ class _Caster(Rewriter):
     def opened(self, node: fx.Node, settings: Autocast) -> Replacement:
         """The ops that a composite op calls, with casts of their own."""
         if op_name(node) in self.kept or not is_composite(node):
-            raise region_error(AUTOCAST_REGION, node)
+            raise _refusal(node, settings.dtypes[0][0], "what it casts lies inside, and it has a rule as a whole")
         self.emitter.provenance |= {AUTOCAST: node.meta.get(AUTOCAST, ())}
         with settings.on():
             return self.expand(node, node.target, call_with, settings, node.target, tuple(node.args), dict(node.kwargs))
+
+
+def _refusal(node: fx.Node, device: str, cause: str) -> AutocastError:
+    return AutocastError(op=op_name(node), device=device, cause=cause, source=user_source(node))
 
 
 def call_with(settings: Autocast, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,36 +157,34 @@ def call_with(settings: Autocast, target: Any, args: tuple[Any, ...], kwargs: di
     return target(*args, **kwargs)
 
 
-def _casts_in_kernel(leaves: list[Any], settings: Autocast) -> dict[int, torch.dtype]:
-    """Every float32 operand cast to the lower precision of its device."""
-    lower = dict(settings.dtypes)
-    values = [(place, value_of(leaf)) for place, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
-    return {
-        place: lower[value.device.type]
-        for place, value in values
-        if value.dtype == torch.float32 and value.device.type in lower
-    }
-
-
 def _casts(node: fx.Node, settings: Autocast, mode: FakeTensorMode) -> dict[int, torch.dtype] | None:
     """What autocast casts the operands of a call to, by place among the leaves; None if it does more than that."""
-    plain, changed = _Watch(node, mode, Autocast()), _Watch(node, mode, settings)
-    if (plain.casts, plain.calls) == (changed.casts, changed.calls):
+    if any(has_kernel(node, f"Autocast{torch._C._dispatch_key_for_device(device)}") for device, _ in settings.dtypes):
+        changed = _Watch(node, mode, settings)
+        given = _Watch(node, mode, OFF, changed.casts)
+        return changed.casts if given.calls == changed.calls else None
+    if not is_composite(node):
         return {}
-    given = _Watch(node, mode, Autocast(), changed.casts)
-    return changed.casts if given.calls == changed.calls else None
+    leaves = pytree.tree_leaves((node.args, node.kwargs))
+    floats = [place for place, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and is_float(value_of(leaf))]
+    for dtype in (torch.float32, *(lower for _, lower in settings.dtypes)):
+        # Of one dtype, so that what fails without autocast for operands that differ is no obstacle.
+        alike = dict.fromkeys(floats, dtype)
+        if _Watch(node, mode, settings, alike).calls != _Watch(node, mode, OFF, alike).calls:
+            return None
+    return {}
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """One call of a node's op on fake tensors under some settings: what it casts of its operands, and what it calls.
 
-    ``given`` are casts of operands that are made beforehand.
+    ``given`` are casts of operands that are made beforehand; then all others count as calls.
     """
 
     def __init__(
         self, node: fx.Node, mode: FakeTensorMode, settings: Autocast, given: dict[int, torch.dtype] | None = None
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         leaves, tree = pytree.tree_flatten(with_numbers((node.args, node.kwargs)))
         self.casts: dict[int, torch.dtype] = {}
         self.calls: list[Any] = []
@@ -187,7 +195,7 @@ class _Watch(TorchDispatchMode):
             self.places = {} if given is not None else {id(v): p for p, v in enumerate(values) if is_float(v)}
             args, kwargs = pytree.tree_unflatten(values, tree)
             with settings.on(), self:
-                node.target(*args, **kwargs)
+                node.target(*args, **kwargs)  # type: ignore[operator]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

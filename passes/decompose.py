@@ -33,9 +33,14 @@ def _is_opaque(node: fx.Node, kept: frozenset[str]) -> bool:
 
 def is_composite(node: fx.Node) -> bool:
     """Whether ``node`` calls an op that is nothing but calls of other ops."""
+    return has_kernel(node, "CompositeImplicitAutograd")
+
+
+def has_kernel(node: fx.Node, key: str) -> bool:
+    """Whether torch has code of its own for the op of ``node`` under a dispatch key."""
     schema = node.target._schema  # type: ignore[union-attr]
     name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 class _Decomposer(Rewriter):

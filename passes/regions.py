@@ -27,7 +27,6 @@ REMEDIES = {
     "scan": "Write the scan as a python loop over its steps; selective scans are recognised in that form.",
     "associative_scan": "Write the scan as a python loop over its steps, or as cumsum where it is a running sum.",
     "vmap": "Write the function for a whole batch; most operations broadcast over leading dimensions.",
-    AUTOCAST_REGION: "Cast by hand what the operation takes, and turn autocast off around it.",
 }
 """Regions that torch can capture and relevance cannot enter -> what to write instead."""
 
