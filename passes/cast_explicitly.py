@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lrp_compiler.passes.decompose import has_kernel, is_composite
+from lrp_compiler.passes.decompose import has_kernel, is_composite, is_opaque
 from lrp_compiler.passes.errors import AutocastError, user_source
-from lrp_compiler.passes.optable import aten_names, op_name
+from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Program, is_float, tensor_of, value_of
 from lrp_compiler.passes.regions import AUTOCAST, AutocastRegion
 from lrp_compiler.passes.rewriter import Replacement, Rewriter
@@ -27,8 +27,6 @@ from lrp_compiler.passes.sizes import with_numbers
 from lrp_compiler.passes.trace import fresh
 
 aten = torch.ops.aten
-IN_KERNELS = {"cpu": frozenset({"aten::lstm"}), "cuda": aten_names("lstm gru rnn_tanh rnn_relu")}
-"""Ops that cast in a fused kernel, which is chosen when the model runs: what they make cannot be told beforehand."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def cast_explicitly(
     """The same program with autocast's casts written out; ``ambient`` are the settings outside of all regions.
 
     ``trained`` names the inputs that are leaves of autograd: autocast keeps their casts. Raises AutocastError for an op
-    that casts inside and cannot be opened: in a kernel, or because it is named in ``kept``.
+    that casts inside and has a rule as a whole, as those named in ``kept`` have.
     """
     if not ambient.dtypes and not any(AUTOCAST in node.meta for node in program.graph.nodes):
         return program
@@ -108,9 +106,6 @@ class _Caster(Rewriter):
         leaves, tree = pytree.tree_flatten((node.args, node.kwargs))
         if not settings.dtypes or not any(isinstance(leaf, fx.Node) for leaf in leaves):
             return None
-        for device, _ in settings.dtypes:
-            if op_name(node) in IN_KERNELS.get(device, ()):
-                raise _refusal(node, device, "what it casts is decided by the kernel that runs")
         casts = _casts(node, settings, self.program.fake_mode)
         if casts is None:
             return self.opened(node, settings)
@@ -141,15 +136,11 @@ class _Caster(Rewriter):
 
     def opened(self, node: fx.Node, settings: Autocast) -> Replacement:
         """The ops that a composite op calls, with casts of their own."""
-        if op_name(node) in self.kept or not is_composite(node):
-            raise _refusal(node, settings.dtypes[0][0], "what it casts lies inside, and it has a rule as a whole")
+        if not is_opaque(node, self.kept):
+            raise AutocastError(op=op_name(node), device=settings.dtypes[0][0], source=user_source(node))
         self.emitter.provenance |= {AUTOCAST: node.meta.get(AUTOCAST, ())}
         with settings.on():
             return self.expand(node, node.target, call_with, settings, node.target, tuple(node.args), dict(node.kwargs))
-
-
-def _refusal(node: fx.Node, device: str, cause: str) -> AutocastError:
-    return AutocastError(op=op_name(node), device=device, cause=cause, source=user_source(node))
 
 
 def call_with(settings: Autocast, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -18,12 +18,12 @@ from lrp_compiler.passes.rewriter import Replacement, Rewriter
 
 def decompose(program: Program, kept: frozenset[str] = frozenset()) -> Program:
     """The same calls with unknown composite ops opened; ops named in ``kept`` (``aten::x``) stay as they are."""
-    if not any(_is_opaque(node, kept) for node in program.graph.nodes):
+    if not any(is_opaque(node, kept) for node in program.graph.nodes):
         return program
     return _Decomposer(program.fork(), kept).run()
 
 
-def _is_opaque(node: fx.Node, kept: frozenset[str]) -> bool:
+def is_opaque(node: fx.Node, kept: frozenset[str]) -> bool:
     """Whether ``node`` calls a composite op that has no rule of its own and is not written in place."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return False
@@ -49,7 +49,7 @@ class _Decomposer(Rewriter):
         self.kept = kept
 
     def replacement(self, node: fx.Node) -> Replacement:
-        if not _is_opaque(node, self.kept):
+        if not is_opaque(node, self.kept):
             return None
         return self.expand(node, node.target, call_op, node.target, tuple(node.args), dict(node.kwargs))
 

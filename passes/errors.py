@@ -361,7 +361,7 @@ class NoTensorsError(LRPError):
 
 class AutocastError(CaptureError):
     id = "LRP043"
-    template = "{op} cannot run under autocast here: {cause}"
+    template = "{op} has a rule as a whole, and under autocast parts of it are cast"
     hint = "Put it under torch.autocast('{device}', enabled=False), and cast what it takes by hand."
 
 
