@@ -24,11 +24,14 @@ from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.eager_failure import unsupported_argument
 from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
-from lrp_compiler.passes.program import InputKind, Program, graph_inputs
+from lrp_compiler.passes.program import TRACING, InputKind, Program, graph_inputs
 from lrp_compiler.passes.sizes import SizeBinder, Sizes
 
 GRAPHS = 8
 """How many graphs are kept for calls that differ in sizes alone; the oldest goes first."""
+
+COMPILING = threading.RLock()
+"""One thread compiles at a time: torch's tracing keeps state of the whole process."""
 
 ATTEMPTS = 8
 """How often it is tried to leave sizes open for calls that differ in sizes alone."""
@@ -136,7 +139,7 @@ class Captures:
     """The captured calls of one model; safe to share between threads and between composites."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = COMPILING
         self.history: deque[Compilation] = deque(maxlen=100)
         self._families: dict[Any, _Family] = {}
 
@@ -147,7 +150,8 @@ class Captures:
 
         With ``dynamic`` sizes that have differed are left open where the model allows it.
         """
-        key = (call_key(model, args, kwargs), kept, dynamic)
+        with TRACING:
+            key = (call_key(model, args, kwargs), kept, dynamic)
         try:
             family = self._families.get(key)
         except TypeError:

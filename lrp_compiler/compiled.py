@@ -87,7 +87,6 @@ class Compiler:
             raise ReferenceModeError(cause=cause)
         # What was made of a captured call goes when that goes.
         self._explained: WeakKeyDictionary[CapturedCall, dict[Any, ExplainedCall]] = WeakKeyDictionary()
-        # Programs of one capture share their cache of traced functions, so one lock guards them all.
         self._lock = self.captures.lock
 
     def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,9 @@ from lrp_compiler.passes.errors import ReferenceModeError, SizesError, StaleTape
 from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result, is_float
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.sizes import Sizes
+
+_MAPPING = threading.Lock()
+"""Filters of warnings belong to the process; two threads that change them at once would not put them back."""
 
 Results = list[tuple[Result, Tensor]]
 Sites = tuple[tuple[str, Reading], ...]
@@ -169,7 +173,7 @@ def _relevance(
     if not mapped:
         return code(*values, *seeds, *masks)
     in_dims = (*(None for _ in values), *(0 for _ in seeds), *(None for _ in masks))
-    with warnings.catch_warnings():
+    with _MAPPING, warnings.catch_warnings():
         # Ops without a batching rule (CPU flash attention) run once per target; the result is the same.
         warnings.filterwarnings("ignore", message=".*batching rule.*")
         return torch.vmap(code, in_dims=in_dims)(*values, *seeds, *masks)
