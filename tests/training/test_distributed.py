@@ -1,7 +1,8 @@
-"""Two processes train an explained module under DistributedDataParallel: eager's gradients, and relevance beside them."""
+"""Two processes train an explained module under DistributedDataParallel: eager's gradients, and relevance."""
 
 from __future__ import annotations
 
+import copy
 import datetime
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ def batch_of(rank: int) -> Tensor:
 def train(rank: int, folder: str, pickled: LRPModule) -> None:
     """Two steps of a process; saves its gradients, relevance and state."""
     torch.set_num_threads(1)
+    # What is sent lies in memory that both processes share.
+    mine = copy.deepcopy(pickled)
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
@@ -37,9 +40,10 @@ def train(rank: int, folder: str, pickled: LRPModule) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     try:
+        distributed.barrier()
         found: dict[str, Any] = {}
         for kind in ("eager", "explained"):
-            model = network() if kind == "eager" else pickled
+            model = network() if kind == "eager" else mine
             parallel = DistributedDataParallel(model)
             optimizer = torch.optim.Adam(parallel.parameters(), 1e-2)
             for _ in range(2):
