@@ -18,15 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.hooks import refuse_hooks
+from lrp_compiler.passes.cast_explicitly import current_autocast, is_trained, without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.eager_failure import unsupported_argument
 from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
-from lrp_compiler.passes.program import InputKind, Program, graph_inputs
+from lrp_compiler.passes.program import TRACING, InputKind, Program, graph_inputs
 from lrp_compiler.passes.sizes import SizeBinder, Sizes
 
 GRAPHS = 8
 """How many graphs are kept for calls that differ in sizes alone; the oldest goes first."""
+
+COMPILING = threading.RLock()
+"""One thread compiles at a time: torch's tracing keeps state of the whole process."""
 
 ATTEMPTS = 8
 """How often it is tried to leave sizes open for calls that differ in sizes alone."""
@@ -134,7 +139,7 @@ class Captures:
     """The captured calls of one model; safe to share between threads and between composites."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = COMPILING
         self.history: deque[Compilation] = deque(maxlen=100)
         self._families: dict[Any, _Family] = {}
 
@@ -145,7 +150,8 @@ class Captures:
 
         With ``dynamic`` sizes that have differed are left open where the model allows it.
         """
-        key = (call_key(model, args, kwargs), kept, dynamic)
+        with TRACING:
+            key = (call_key(model, args, kwargs), kept, dynamic)
         try:
             family = self._families.get(key)
         except TypeError:
@@ -274,11 +280,15 @@ def _capture(
     grad_enabled = torch.is_grad_enabled()
     stages = capture_call(model, args, kwargs, kept, grad_enabled, dynamic)
     modes = {grad_enabled} if depends_on_grad_mode(stages) else {False, True}
-    return CapturedCall(stages, compile_forward(stages), frozenset(modes))
+    with without_autocast():
+        return CapturedCall(stages, compile_forward(stages), frozenset(modes))
 
 
 def call_key(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Everything but sizes that decides what a call compiles to: arguments, parameters, training flags, autocast."""
+    """Everything but sizes that decides what a call compiles to: arguments, parameters, training flags, autocast.
+
+    Raises HookError for hooks that no compiled call would run.
+    """
     leaves, tree = pytree.tree_flatten((args, kwargs))
     owners: dict[int, int] = {}
     weights = []
@@ -288,14 +298,19 @@ def call_key(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     ]:
         owner = owners.setdefault(id(value), len(owners))
         weights.append((name, owner, value.shape, value.dtype, value.device, value.requires_grad))
-    training = tuple(module.training for module in model.modules())
+    modules = list(model.modules())
+    training = tuple(module.training for module in modules)
+    refuse_hooks(model, [module for module in modules if _has_hooks(module)])
     devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-    autocast = tuple(
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in sorted(devices)
-        if torch.amp.is_autocast_available(kind)
-    )
-    return tuple(map(_leaf_key, leaves)), tree, tuple(weights), training, autocast
+    autocast = current_autocast(devices)
+    trained = tuple(map(is_trained, leaves)) if autocast.dtypes else ()
+    return tuple(map(_leaf_key, leaves)), tree, tuple(weights), training, autocast, trained
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs any hook; asked of every module at every call."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _leaf_key(leaf: Any) -> Any:

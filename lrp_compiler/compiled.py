@@ -15,6 +15,7 @@ from lrp_compiler.captures import CapturedCall, Captures
 from lrp_compiler.composites import AUTO, choose_composite, composite_named
 from lrp_compiler.options import Options
 from lrp_compiler.passes.branches import forward_nodes_everywhere
+from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import OutputError, ReferenceModeError
 from lrp_compiler.passes.pipeline import Stage, emit, explain
@@ -86,7 +87,6 @@ class Compiler:
             raise ReferenceModeError(cause=cause)
         # What was made of a captured call goes when that goes.
         self._explained: WeakKeyDictionary[CapturedCall, dict[Any, ExplainedCall]] = WeakKeyDictionary()
-        # Programs of one capture share their cache of traced functions, so one lock guards them all.
         self._lock = self.captures.lock
 
     def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
@@ -103,7 +103,7 @@ class Compiler:
         ``varied`` names the inputs that a reference run changes beside them.
         """
         inputs = (attributed, tuple(name for name in varied if name not in (attributed or ())))
-        with self._lock:
+        with self._lock, without_autocast():
             known = self._explained.setdefault(call, {})
             if inputs not in known:
                 known[inputs] = ExplainedCall(explain(call.stages, *inputs, self._choose), call.binder)
@@ -111,12 +111,12 @@ class Compiler:
 
     def explain_partly(self, call: CapturedCall, attributed: tuple[str, ...] | None) -> tuple[Stage, ...]:
         """The stages of ``explain`` up to a program that lists its ops without a rule; not kept."""
-        with self._lock:
+        with self._lock, without_autocast():
             return explain(call.stages, attributed, (), self._choose, partial=True)
 
     def emitted(self, explained: ExplainedCall, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """Stages and code for one request."""
-        with self._lock:
+        with self._lock, without_autocast():
             return explained.emitted(request)
 
     def _choose(self, program: Program) -> Composite:

@@ -2,6 +2,7 @@
 
 from lrp_compiler.passes.errors import (
     ArgumentError,
+    AutocastError,
     BaselineError,
     CaptureError,
     CompositeError,
@@ -11,6 +12,7 @@ from lrp_compiler.passes.errors import (
     DuplicateRuleError,
     FactoryNotFoundError,
     FactoryResultError,
+    HookError,
     LedgerError,
     LRPError,
     MaskError,
@@ -49,6 +51,7 @@ from lrp_compiler.passes.errors import (
 
 __all__ = [
     "ArgumentError",
+    "AutocastError",
     "BaselineError",
     "CaptureError",
     "CompositeError",
@@ -58,6 +61,7 @@ __all__ = [
     "DuplicateRuleError",
     "FactoryNotFoundError",
     "FactoryResultError",
+    "HookError",
     "LRPError",
     "LedgerError",
     "MaskError",

@@ -15,7 +15,8 @@ from lrp_compiler.captures import Captures, Compilation
 from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
 from lrp_compiler.coverage import Coverage, measure_coverage
 from lrp_compiler.options import Options
-from lrp_compiler.passes.errors import ArgumentError, BaselineError, LRPError, UnknownInputError
+from lrp_compiler.passes.cast_explicitly import without_autocast
+from lrp_compiler.passes.errors import ArgumentError, BaselineError, HookError, LRPError, UnknownInputError
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import InputKind, Request, graph_inputs
 from lrp_compiler.passes.rules.base import Composite
@@ -31,7 +32,11 @@ class LRPModule(nn.Module):
     """A model's drop-in: same outputs, parameters, state and submodules, and relevance for any of its values.
 
     It shares the original's parameters, buffers and children, so training either trains both. Each kind of call
-    (shapes, dtypes, training flags) is compiled at its first use; modules with the same ``captures`` trace it once.
+    (shapes, dtypes, training flags, autocast) is compiled at its first use; modules with the same ``captures`` trace it
+    once.
+
+    While modules of the original have hooks of the user's, and under torch.compile, a call runs the original itself,
+    and with it the hooks; ``run`` and what builds on it refuse hooks (HookError). Hooks on parameters always run.
     """
 
     _model: nn.Module
@@ -117,12 +122,18 @@ class LRPModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output, of the same type and bitwise equal, differentiable as ever."""
+        if torch.compiler.is_compiling():
+            return self._model(*args, **kwargs)
         kwargs = dict(sorted(kwargs.items()))
-        call = self._compiler.call(self._model, args, kwargs)
+        try:
+            call = self._compiler.call(self._model, args, kwargs)
+        except HookError:
+            return self._model(*args, **kwargs)
         program = call.forward.program
         inputs = graph_inputs(program, self._model, args, kwargs)
         sizes = call.sizes(args, kwargs)
-        values = call.forward.forward(sizes, *inputs)
+        with without_autocast():
+            values = call.forward.forward(sizes, *inputs)
         outputs = len(values) - len(program.mutations)
         names = [spec.node for spec in program.inputs]
         write_back(program.mutations, dict(zip(names, inputs, strict=True)), list(values[outputs:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -11,11 +12,15 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.compiled import Compiler, ExplainedCall
+from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import ReferenceModeError, SizesError, StaleTapeError
 from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result, is_float
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.sizes import Sizes
+
+_MAPPING = threading.Lock()
+"""Filters of warnings belong to the process; two threads that change them at once would not put them back."""
 
 Results = list[tuple[Result, Tensor]]
 Sites = tuple[tuple[str, Reading], ...]
@@ -115,7 +120,7 @@ class Recording:
         values += [self._references[name] for name in executable.reference]
         if differentiable:
             values = [value.detach() if isinstance(value, Tensor) else value for value in values]
-        with torch.set_grad_enabled(differentiable):
+        with torch.set_grad_enabled(differentiable), without_autocast():
             code = executable.differentiable if differentiable else executable.relevance
             assert code is not None
             results = _relevance(partial(code, self.sizes), values, seeds, masks, mapped=mapped)
@@ -127,7 +132,7 @@ class Recording:
         if others:
             cause = f"the reference interpreter gives relevance at values, not {' or '.join(others)}"
             raise ReferenceModeError(cause=cause)
-        with self._random_numbers():
+        with self._random_numbers(), without_autocast():
             values = reference_relevance(self.program, list(self._inputs.values()), seeds, [n for n, _ in sites])
         return [(Result(kind, name), values[name]) for name, kind in sites]
 
@@ -168,7 +173,7 @@ def _relevance(
     if not mapped:
         return code(*values, *seeds, *masks)
     in_dims = (*(None for _ in values), *(0 for _ in seeds), *(None for _ in masks))
-    with warnings.catch_warnings():
+    with _MAPPING, warnings.catch_warnings():
         # Ops without a batching rule (CPU flash attention) run once per target; the result is the same.
         warnings.filterwarnings("ignore", message=".*batching rule.*")
         return torch.vmap(code, in_dims=in_dims)(*values, *seeds, *masks)
@@ -196,7 +201,8 @@ def _run_forward(
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
     """(output leaves, mutated values, recorded values) of one forward pass."""
     program = executable.program
-    values = executable.forward(sizes, *inputs)
+    with without_autocast():
+        values = executable.forward(sizes, *inputs)
     outputs = sum(not isinstance(leaf, Constant) for leaf in program.outputs)
     mutated = outputs + len(program.mutations)
     recorded = dict(zip(executable.recorded, values[mutated:], strict=True))

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.passes.data_dependence import refusal
 from lrp_compiler.passes.eager_failure import eager_failure
 from lrp_compiler.passes.errors import CaptureError, NoTensorsError, RecurrentError, user_source_of_trace
-from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, learn
+from lrp_compiler.passes.program import TRACING, Constant, InputKind, InputSpec, Program, learn
 
 KINDS = {
     ExportKind.PARAMETER: InputKind.PARAMETER,
@@ -43,7 +43,7 @@ def capture(
     """
     args, kwargs = _distinct(args, kwargs)
     static_branches = contextlib.nullcontext() if dynamic else _with_static_branches(model)
-    with _quiet(), _traceable_configs(model), _without_attention_fastpath(), static_branches:
+    with TRACING, _quiet(), _traceable_configs(model), _without_attention_fastpath(), static_branches:
         try:
             shapes = _dynamic(args, kwargs, dynamic)
             exported = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)

@@ -1,6 +1,7 @@
 """clean: inline grad-mode and autocast regions, make torch.cond one op; drop assertions, aliases, no-op casts.
 
-Sizes that differ from call to call become literals of the ops that take them.
+Ops remember which autocast regions they stood in. Sizes that differ from call to call become literals of the ops that
+take them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.branches import Conditional
 from lrp_compiler.passes.program import Constant, Program, first_argument, is_float, tensor_of
-from lrp_compiler.passes.regions import COND_REGION, VMAP_MODULES, branch_program, region_error
+from lrp_compiler.passes.regions import (
+    AUTOCAST,
+    AUTOCAST_REGION,
+    COND_REGION,
+    VMAP_MODULES,
+    AutocastRegion,
+    branch_program,
+    region_error,
+)
 from lrp_compiler.passes.sizes import as_literal, is_size
 
 aten = torch.ops.aten
 GRAD_REGION = "wrap_with_set_grad_enabled"
-AUTOCAST_REGION = "wrap_with_autocast"
 DROPPED_NAMES = (
     "aten::_assert",
     "aten::sym_constrain",
@@ -31,20 +39,21 @@ ALIASES = frozenset({aten.alias.default, aten.lift_fresh_copy.default})
 CASTS = frozenset({"aten::to", "aten::type_as", "aten::contiguous", "aten::_to_copy"})
 
 
-def clean(program: Program) -> Program:
+def clean(program: Program, regions: tuple[AutocastRegion, ...] = ()) -> Program:
     """A flat graph of ATen calls without sub-graphs, assertions, aliases or casts that change nothing.
 
-    A torch.cond becomes one call of a Conditional, whose two programs are cleaned alike. Raises RegionError for loops
-    and other regions.
+    A torch.cond becomes one call of a Conditional, whose two programs are cleaned alike. ``regions`` are the autocast
+    regions around the program. Raises RegionError for loops and other regions.
     """
-    return _Cleaner(program).run()
+    return _Cleaner(program, regions).run()
 
 
 class _Cleaner:
     """Copies a graph node by node; ``values`` knows what stands for each old node."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, regions: tuple[AutocastRegion, ...]) -> None:
         self.program = program
+        self.regions = regions
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
 
@@ -81,6 +90,8 @@ class _Cleaner:
             values[node] = values[first_argument(node)]
         else:
             values[node] = self.graph.node_copy(node, lambda old: values[old])
+            if self.regions:
+                values[node].meta[AUTOCAST] = self.regions
 
     def enter(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         """Splice a region in, or make it one op."""
@@ -89,9 +100,11 @@ class _Cleaner:
         if name == GRAD_REGION:
             grad_enabled, body, *operands = arguments
             self.inline(node, values, body, operands, grad_enabled)
-        elif name == AUTOCAST_REGION and not arguments[2]:
-            body, *operands = arguments[4:]
-            self.inline(node, values, body, operands, True)
+        elif name == AUTOCAST_REGION:
+            *region, body = arguments[:5]
+            outer, self.regions = self.regions, (*self.regions, tuple(region))
+            self.inline(node, values, body, list(arguments[5:]), True)
+            self.regions = outer
         elif name == COND_REGION:
             values[node] = self.conditional(node, *arguments)
         else:
@@ -120,7 +133,7 @@ class _Cleaner:
         specs = {spec.node: spec for spec in self.program.inputs}
         known = {new: specs[old.name] for old, new in self.values.items() if old.name in specs}
         kept = [known.get(operand) for operand in operands]
-        branches = tuple(clean(branch_program(self.program, body, kept, node)) for body in bodies)
+        branches = tuple(clean(branch_program(self.program, body, kept, node), self.regions) for body in bodies)
         made = self.graph.create_node("call_function", Conditional(branches), (predicate, *operands), name=node.name)
         made.meta = dict(node.meta)
         return made

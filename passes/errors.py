@@ -359,6 +359,21 @@ class NoTensorsError(LRPError):
     hint = "Pass the values to be explained as tensors."
 
 
+class AutocastError(CaptureError):
+    id = "LRP043"
+    template = "{op} has a rule as a whole, and under autocast parts of it are cast"
+    hint = "Put it under torch.autocast('{device}', enabled=False), and cast what it takes by hand."
+
+
+class HookError(LRPError):
+    id = "LRP044"
+    template = "{module} has the {kind} {hook}, which a graph would run while it is traced and never again"
+    hint = (
+        "Remove it (handle.remove()) before explaining: tape.activations(at) and tape.relevance(at=at) read any module."
+        " Calling the module, without run or attribute, runs hooks as ever."
+    )
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")

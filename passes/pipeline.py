@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.analyse import analyse
 from lrp_compiler.passes.assign_rules import assign_rules
 from lrp_compiler.passes.branches import with_programs_inside, within
 from lrp_compiler.passes.canonicalise import attends_with_learned_mask, canonicalise
 from lrp_compiler.passes.capture import capture
+from lrp_compiler.passes.cast_explicitly import cast_explicitly, current_autocast, is_trained, without_autocast
 from lrp_compiler.passes.clean import clean
 from lrp_compiler.passes.codegen import Executable, codegen
 from lrp_compiler.passes.compress import compress
@@ -25,7 +28,7 @@ from lrp_compiler.passes.lower_promises import lower_promises
 from lrp_compiler.passes.partition import forward_only, partition
 from lrp_compiler.passes.pin import pin
 from lrp_compiler.passes.printer import print_program
-from lrp_compiler.passes.program import Program, Request
+from lrp_compiler.passes.program import InputKind, Program, Request
 from lrp_compiler.passes.recognise import recognise
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.share_memory import share_memory
@@ -35,7 +38,7 @@ from lrp_compiler.passes.verify import verify
 logger = logging.getLogger(__name__)
 Pass = Callable[..., Program]
 
-CAPTURE: tuple[Pass, ...] = (capture, clean, pin, decompose, functionalise, canonicalise, recognise)
+CAPTURE: tuple[Pass, ...] = (capture, clean, cast_explicitly, pin, decompose, functionalise, canonicalise, recognise)
 """A call of a module -> its forward graph; depends on the call alone."""
 
 EXPLAIN: tuple[Pass, ...] = (analyse, assign_rules)
@@ -105,15 +108,27 @@ def capture_call(
     dynamic: frozenset[tuple[int, int]] = frozenset(),
 ) -> tuple[Stage, ...]:
     """The stages of CAPTURE for one call; ops named in ``kept`` are not taken apart, sizes in ``dynamic`` left open."""
+    history = run(capture, (), model, args, kwargs, dynamic)
+    leaves = pytree.tree_leaves((args, kwargs))
+    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)}
     settings: dict[Pass, tuple[Any, ...]] = {
+        cast_explicitly: (current_autocast(devices), _trained(history[-1].program, leaves), kept),
         pin: (model, args, kwargs),
         decompose: (kept,),
         canonicalise: (kept, grad_enabled),
     }
-    history = run(capture, (), model, args, kwargs, dynamic)
-    for one in CAPTURE[1:]:
-        history = run(one, history, *settings.get(one, ()))
+    with without_autocast():
+        for one in CAPTURE[1:]:
+            history = run(one, history, *settings.get(one, ()))
     return history
+
+
+def _trained(program: Program, leaves: list[Any]) -> frozenset[str]:
+    """The names of the parameters and user inputs that are leaves of autograd and require gradients."""
+    values = iter(leaves)
+    users = {spec.target: next(values) for spec in program.inputs if spec.kind is InputKind.USER}
+    trained = {name for name, value in users.items() if is_trained(value)}
+    return frozenset(trained | {spec.target for spec in program.inputs if spec.kind is InputKind.PARAMETER})
 
 
 def depends_on_grad_mode(captured: tuple[Stage, ...]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from lrp_compiler.passes.rules.base import Composite, Rule
 
 FACTS = "lrp"
+
+TRACING = threading.RLock()
+"""Held while torch.export has put stand-ins in place of a model's parameters, and by whoever reads those live."""
 
 
 class InputKind(enum.Enum):
@@ -309,7 +313,8 @@ def live_value(model: torch.nn.Module, spec: InputSpec) -> torch.Tensor:
 def graph_inputs(program: Program, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The values of the graph's placeholders for one call."""
     leaves = iter(pytree.tree_leaves((args, kwargs)))
-    return [next(leaves) if spec.kind is InputKind.USER else live_value(model, spec) for spec in program.inputs]
+    with TRACING:
+        return [next(leaves) if spec.kind is InputKind.USER else live_value(model, spec) for spec in program.inputs]
 
 
 def forward_nodes(program: Program) -> Iterator[fx.Node]:

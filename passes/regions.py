@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -11,6 +12,13 @@ from lrp_compiler.passes.errors import RegionError, user_source
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, learn, output_node
 
 COND_REGION = "cond"
+AUTOCAST_REGION = "wrap_with_autocast"
+AUTOCAST = "autocast"
+"""Where a node's meta says which autocast regions it stood in, outermost first."""
+
+AutocastRegion = tuple[str, torch.dtype | None, bool, bool]
+"""The arguments of torch.autocast: device type, dtype, whether it is on, whether casts of parameters are kept."""
+
 VMAP_MODULES = frozenset({"torch._functorch.predispatch", "torch._functorch.vmap", "torch._C._functorch"})
 """Where the functions come from that open and close what torch.vmap maps."""
 REMEDIES = {
@@ -19,7 +27,6 @@ REMEDIES = {
     "scan": "Write the scan as a python loop over its steps; selective scans are recognised in that form.",
     "associative_scan": "Write the scan as a python loop over its steps, or as cumsum where it is a running sum.",
     "vmap": "Write the function for a whole batch; most operations broadcast over leading dimensions.",
-    "wrap_with_autocast": "Compute under autocast in the whole call, or cast by hand where precision matters.",
 }
 """Regions that torch can capture and relevance cannot enter -> what to write instead."""
 

@@ -186,11 +186,11 @@ def trace(
 ) -> fx.GraphModule:
     """Trace ``fn`` over tensors like ``fakes`` to ATen nodes; dead nodes are removed."""
     with fake_mode, torch.no_grad():
-        fresh = [_fresh(fake) for fake in fakes]
+        fresh_ones = [fresh(fake) for fake in fakes]
         table = {opened: opened.decompose} if opened is not None else None
-        traced = make_fx(fn, decomposition_table=table, pre_dispatch=not autograd)(*fresh)
+        traced = make_fx(fn, decomposition_table=table, pre_dispatch=not autograd)(*fresh_ones)
         if any(getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in traced.graph.nodes):
-            traced = make_fx(torch.func.functionalize(fn, remove="mutations"))(*fresh)
+            traced = make_fx(torch.func.functionalize(fn, remove="mutations"))(*fresh_ones)
     if rewire:
         _rewire(traced.graph)
     traced.graph.eliminate_dead_code()
@@ -200,7 +200,7 @@ def trace(
     return traced
 
 
-def _fresh(fake: Any) -> Any:
+def fresh(fake: Any) -> Any:
     """A tensor like ``fake`` that nothing knows, with what is pending on it at run time; a size or number is itself."""
     if not isinstance(fake, torch.Tensor):
         return fake

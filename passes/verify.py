@@ -186,6 +186,7 @@ JOINT: tuple[Check, ...] = (
 LEGAL: dict[str, tuple[Check, ...]] = {
     "capture": (*COMMON, user_inputs_only_once),
     "clean": FLAT,
+    "cast_explicitly": FLAT,
     "pin": FLAT,
     "decompose": FLAT,
     "functionalise": FUNCTIONAL,

@@ -178,9 +178,24 @@ class Wraps(nn.Module):
 
 
 class Casts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(3, 4)
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return torch.mm(x, x.t())
+            return self.cell(x)[0]
+
+
+class Maps(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(torch.sum)(x)
+
+
+def hooked() -> Any:
+    model = mlp()
+    model[1].register_forward_hook(lambda module, args, output: None)
+    return ask(0, model)
 
 
 class Constant(nn.Module):
@@ -361,7 +376,9 @@ CASES += [
     ("weights of flat", flat, errors.ParameterRelevanceError, ["'flat'", "0.weight", "composite.override"]),
     ("not linear", lambda: tape("guided_backprop").linearised(), errors.NotLinearError, ["guided_backprop", "relu"]),
     ("training", lambda: fit_patterns(mlp(), [X]), errors.PatternFitError, ["training mode", "model.eval()"]),
-    ("autocast", lambda: compile_for_lrp(Casts())(X), errors.RegionError, ["autocast", "test_messages.py"]),
+    ("region", lambda: compile_for_lrp(Maps())(X), errors.RegionError, ["vmap", "test_messages.py"]),
+    ("autocast", lambda: compile_for_lrp(Casts())(X), errors.AutocastError, ["aten::lstm", "self.cell(x)", "'cpu'"]),
+    ("hook", hooked, errors.HookError, ["1 has the forward hook hooked.<locals>.<lambda>", "tape.activations"]),
     ("branching rule", lambda: relu_with(branching), errors.RuleTraceError, ["relu", "'branching' branches", "where"]),
     ("constant in a rule", lambda: relu_with(constant), errors.RuleTraceError, ["relu", "out of constants"]),
     ("word of a rule", lambda: relu_with(lambda c, out, x: "c"), errors.RuleResultError, ["a str", "tensor or None"]),
