@@ -68,6 +68,17 @@ def silu(x: Tensor) -> Tensor:
     return torch.sigmoid(x)
 
 
+def silu_backward(c: Tensor, x: Tensor) -> Tensor:
+    """c (x sigmoid(x))', which torch has as an op without a derivative."""
+    gate = torch.sigmoid(x)
+    return c * gate * (1 + x * (1 - gate))
+
+
+def hardsigmoid_backward(c: Tensor, x: Tensor) -> Tensor:
+    """c / 6 where |x| < 3, likewise."""
+    return torch.where(x.abs() < 3, c / 6, 0)
+
+
 def mish(x: Tensor) -> Tensor:
     """tanh(softplus(x))."""
     return torch.tanh(torch.nn.functional.softplus(x))

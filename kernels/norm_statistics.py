@@ -1,4 +1,4 @@
-"""The derivatives of normalisation statistics, which torch's fused norms return as constants."""
+"""Fused norms whose statistics and whose gradients autograd can differentiate; torch returns constants for some."""
 
 from __future__ import annotations
 
@@ -76,3 +76,58 @@ def batch_norm(
     )
     dims = tuple(dim - x.dim() for dim in range(x.dim()) if dim != 1)
     return made, *(with_derivatives(x, mean, rstd, dims) if training else (mean, rstd))
+
+
+def layer_norm_backward(
+    c: Tensor,
+    x: Tensor,
+    shape: list[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: list[bool],
+) -> Any:
+    """aten.native_layer_norm_backward; torch's derivative of it knows the statistics as functions of x already."""
+    statistics = mean.detach(), rstd.detach()
+    return aten.native_layer_norm_backward.default(c, x, shape, *statistics, weight, bias, mask)
+
+
+def batch_norm_backward(
+    c: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    training: bool,
+    eps: float,
+    mask: list[bool],
+) -> Any:
+    """aten.native_batch_norm_backward, likewise."""
+    given = [None if value is None else value.detach() for value in (running_mean, running_var, mean, rstd)]
+    return aten.native_batch_norm_backward.default(c, x, weight, *given, training, eps, mask)
+
+
+def group_norm_backward(
+    c: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    n: int,
+    channels: int,
+    hxw: int,
+    groups: int,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """aten.native_group_norm_backward by plain ops: coefficients of x, weight and bias."""
+    centred = x.reshape(n, groups, -1) - mean.unsqueeze(-1)
+    scaled = centred * rstd.unsqueeze(-1)
+    per_channel = [-1 if dim == 1 else 1 for dim in range(x.dim())]
+    weighted = (c if weight is None else c * weight.view(per_channel)).reshape(n, groups, -1)
+    along = weighted - weighted.mean(-1, keepdim=True) - scaled * (weighted * scaled).mean(-1, keepdim=True)
+    by_channel = (n, channels, -1)
+    on_weight = (c.reshape(by_channel) * scaled.reshape(by_channel)).sum((0, 2))
+    return (along * rstd.unsqueeze(-1)).reshape(x.shape), on_weight, c.reshape(by_channel).sum((0, 2))

@@ -17,14 +17,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.kernels.attention import attention_backward
+from lrp_compiler.kernels.gates import hardsigmoid_backward, silu_backward
 from lrp_compiler.kernels.linear import grouped_weights_by_group
-from lrp_compiler.kernels.norm_statistics import batch_norm, group_norm, layer_norm
+from lrp_compiler.kernels.norm_statistics import (
+    batch_norm,
+    batch_norm_backward,
+    group_norm,
+    group_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+)
 from lrp_compiler.kernels.recurrent import pull_back
 from lrp_compiler.kernels.scan import scan_transpose
 from lrp_compiler.passes.branches import ConditionalRelevance
 from lrp_compiler.passes.errors import NotDifferentiableError, user_source
 from lrp_compiler.passes.optable import GROUPED_PRODUCT, OpClass, classify, schema_name
-from lrp_compiler.passes.program import Program, copy_graph, facts, is_float, value_of
+from lrp_compiler.passes.program import InputKind, Program, copy_graph, facts, is_float, value_of
 from lrp_compiler.passes.sizes import at_hints, hints
 
 aten = torch.ops.aten
@@ -41,6 +49,11 @@ class Plain:
 PLAIN: dict[str, Plain] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": Plain(attention_backward, unread=(4, 5)),
     f"{GROUPED_PRODUCT}_backward": Plain(grouped_weights_by_group),
+    "aten::native_layer_norm_backward": Plain(layer_norm_backward),
+    "aten::native_batch_norm_backward": Plain(batch_norm_backward),
+    "aten::native_group_norm_backward": Plain(group_norm_backward),
+    "aten::silu_backward": Plain(silu_backward),
+    "aten::hardsigmoid_backward": Plain(hardsigmoid_backward),
     "lrp::recurrent_pullback": Plain(pull_back),
     "lrp::selective_scan_transpose": Plain(scan_transpose),
 }
@@ -75,12 +88,16 @@ def check_differentiable(program: Program) -> None:
     """Raise NotDifferentiableError where autograd would give relevance no gradient, or one that lacks a part.
 
     Every kind of call in the relevance graph is differentiated once, and so is every forward op that kept a value for
-    it, all on fake tensors: whatever depends on a float has to have a gradient there.
+    it, all on fake tensors: what is computed from inputs, parameters or seeds has to have a gradient there.
     """
     assert program.relevance_graph is not None
     relevance, forward = copy_graph(program.relevance_graph), copy_graph(program.graph)
     write_plainly(relevance)
     keep_derivatives(forward)
+    fixed = {spec.node for spec in program.inputs if spec.kind in (InputKind.BUFFER, InputKind.CONSTANT)}
+    trained = _trained(forward, fixed)
+    fixed |= {node.name for node in forward.nodes if node not in trained}
+    trained |= _trained(relevance, fixed)
     read = {node.name for node in relevance.nodes if node.op == "placeholder" and node.users}
     kept = [node for node in forward.nodes if node.op == "call_function" and node.name in read]
     seen: set[Any] = set()
@@ -90,12 +107,23 @@ def check_differentiable(program: Program) -> None:
                 check_differentiable(branch)
             continue
         made = node.args[0] if node.target is operator.getitem else node
+        if made not in trained or _is_known(made):
+            continue
         outputs = frozenset({node.args[1]}) if made is not node else _outputs_read(node)
-        if made.op == "call_function" and not _is_known(made):
-            key = (made.target, outputs, tuple(is_float(value_of(operand)) for operand in made.all_input_nodes))
-            if key not in seen:
-                _check_call(made, outputs)
-            seen.add(key)
+        key = (made.target, outputs, tuple(operand in trained for operand in made.all_input_nodes))
+        if key not in seen:
+            _check_call(made, outputs, trained)
+        seen.add(key)
+
+
+def _trained(graph: fx.Graph, fixed: set[str]) -> set[fx.Node]:
+    """The nodes whose floats may require a gradient: all that is computed from inputs other than ``fixed``."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        reads = node.name not in fixed if node.op == "placeholder" else not found.isdisjoint(node.all_input_nodes)
+        if reads and any(is_float(leaf) for leaf in pytree.tree_leaves(node.meta.get("val"))):
+            found.add(node)
+    return found
 
 
 def _outputs_read(node: fx.Node) -> frozenset[Any]:
@@ -111,13 +139,15 @@ def _is_known(node: fx.Node) -> bool:
     return entry is not None and entry.op_class is OpClass.NON_RELEVANCE
 
 
-def _check_call(node: fx.Node, outputs: Iterable[int]) -> None:
+def _check_call(node: fx.Node, outputs: Iterable[int], trained: set[fx.Node]) -> None:
     """Differentiate one call; ``outputs`` says which results are read where there are several."""
     with FakeTensorMode(), torch.enable_grad():
-        args, kwargs = fx.map_arg(at_hints((node.args, node.kwargs)), _stand_in)
-        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if is_float(leaf)]
-        if not leaves:
-            return
+
+        def stand_in(operand: fx.Node) -> Any:
+            return pytree.tree_map(lambda value: _like(value, operand in trained), value_of(operand))
+
+        args, kwargs = fx.map_arg(at_hints((node.args, node.kwargs)), stand_in)
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if is_float(leaf) and leaf.requires_grad]
         try:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
             results = [result] if isinstance(result, Tensor) else [result[index] for index in outputs]
@@ -128,15 +158,12 @@ def _check_call(node: fx.Node, outputs: Iterable[int]) -> None:
         raise _refusal(node, "to autograd its result is a constant")
 
 
-def _stand_in(node: fx.Node) -> Any:
-    """Fake values like those of ``node``, floats as leaves of autograd, with sizes as in the call that was captured."""
-    return pytree.tree_map(_like, value_of(node))
-
-
-def _like(value: Any) -> Any:
+def _like(value: Any, trained: bool) -> Any:
+    """A fake value like another, a float tensor as a leaf of autograd, with sizes as in the call that was captured."""
     if isinstance(value, Tensor):
         layout = hints(value.shape), hints(value.stride())
-        return torch.empty_strided(*layout, dtype=value.dtype, device=value.device, requires_grad=is_float(value))
+        made = torch.empty_strided(*layout, dtype=value.dtype, device=value.device)
+        return made.requires_grad_(trained and is_float(value))
     return 1.0 if isinstance(value, torch.SymFloat) else 1 if isinstance(value, torch.SymInt) else value
 
 
