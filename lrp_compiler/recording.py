@@ -123,6 +123,10 @@ class Recording:
         self._bound(list(self._inputs.values()))
         return self.run(executable, seeds, masks or [], **how)
 
+    def make_differentiable(self, request: Request) -> None:
+        """Make the code of differentiable answers ahead: it cannot be made inside a transform of torch.func."""
+        self._compiler.emitted(self._call, request)[1].differentiable  # noqa: B018
+
     def run(
         self,
         executable: Executable,

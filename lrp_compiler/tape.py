@@ -223,6 +223,8 @@ class Tape:
         nodes: Sites = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
         request = Request((chosen,), tuple(dict.fromkeys(nodes)))
 
+        self._recording.make_differentiable(request)
+
         def pullback(seed: Tensor) -> dict[str, Tensor]:
             values = by_site(self._recording.answer(request, [seed], differentiable=True))
             return {ref.label: _gather(ref, values, "coefficient", True) for ref in refs}

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.kernels.attention import attention_backward
-from lrp_compiler.kernels.gates import hardsigmoid_backward, silu_backward
+from lrp_compiler.kernels.gates import hardsigmoid_backward, log_sigmoid_backward, mish_backward, silu_backward
 from lrp_compiler.kernels.linear import grouped_weights_by_group
 from lrp_compiler.kernels.norm_statistics import (
     batch_norm,
@@ -53,7 +53,9 @@ PLAIN: dict[str, Plain] = {
     "aten::native_batch_norm_backward": Plain(batch_norm_backward),
     "aten::native_group_norm_backward": Plain(group_norm_backward),
     "aten::silu_backward": Plain(silu_backward),
+    "aten::mish_backward": Plain(mish_backward),
     "aten::hardsigmoid_backward": Plain(hardsigmoid_backward),
+    "aten::log_sigmoid_backward": Plain(log_sigmoid_backward, unread=(2,)),
     "lrp::recurrent_pullback": Plain(pull_back),
     "lrp::selective_scan_transpose": Plain(scan_transpose),
 }
@@ -81,6 +83,7 @@ def write_plainly(graph: fx.Graph) -> None:
         if plain is not None:
             node.target = plain.function
             node.args = tuple(None if place in plain.unread else arg for place, arg in enumerate(node.args))
+    graph.eliminate_dead_code()
     keep_derivatives(graph)
 
 
