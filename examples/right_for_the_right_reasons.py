@@ -90,7 +90,7 @@ def corner_share(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 
 
 def results(data: Digits) -> dict[str, tuple[float, float, float, float]]:
-    """By kind of training: accuracy with corners that spell the label, none, another; the corner's share of relevance."""
+    """By kind of training: accuracy by what the corner says (label, nothing, another), relevance in it."""
     given = marked(data.train_pixels, data.train_labels)
     mean, labels = given.mean(0), data.test_labels
     blank = data.test_pixels.clone()
