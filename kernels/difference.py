@@ -103,7 +103,8 @@ def logarithmic_mean(log_p: Tensor, log_p0: Tensor) -> Tensor:
     """(p - p0) / (log p - log p0), p where both are equal; zero where either is."""
     # From the larger of both, so that the exponential cannot overflow.
     step = -difference(log_p, log_p0).abs()
-    return torch.maximum(log_p, log_p0).exp() * smooth_ratio(torch.expm1(step), step, 1.0, 0.5)
+    # Rows that are masked whole have NaN for their logarithms.
+    return torch.nan_to_num(torch.maximum(log_p, log_p0).exp() * smooth_ratio(torch.expm1(step), step, 1.0, 0.5))
 
 
 def log_softmax_weights(x: Tensor, x0: Tensor, dim: list[int]) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,6 @@ def convolution_transpose(
 
 
 def masked_product(c: Tensor, value: Tensor) -> Tensor:
-    """R = a c, 0 where c is zero and a infinite: a masked score is -inf and still carries nothing."""
+    """R = a c, 0 where c is zero and a not finite: a masked score is -inf and still carries nothing."""
     # The value is replaced, not the product: the derivative at c is a, also where c is zero.
-    return relevance_of(c, torch.where((c == 0) & torch.isinf(value), 0, value))
+    return relevance_of(c, torch.where((c == 0) & ~torch.isfinite(value), 0, value))
