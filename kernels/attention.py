@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lrp_compiler.kernels.linear import masked_product
+
 
 def attention_scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     """s Q K^T of shape (..., L, S), keys repeated over the query heads they serve."""
@@ -75,8 +77,8 @@ def attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
+    output: Tensor | None,
+    logsumexp: Tensor | None,
     dropout_p: float,
     is_causal: bool,
     *,
@@ -85,14 +87,18 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of fused attention at Q, K, V by plain products, which torch can differentiate in turn.
 
-    Arguments and results are those of the fused backward op it stands in for; ``dropout_p`` is always 0 there.
+    Arguments and results are those of the fused backward op it stands in for; ``dropout_p`` is always 0 there. What
+    fused attention gave is computed anew: to autograd its ``logsumexp`` is a constant.
     """
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     keys, values = repeat_heads(key, query), repeat_heads(value, query)
     scores = attention_scores(query, key, scale)
-    weights = torch.exp(scores + additive_mask(scores, attn_mask, is_causal) - logsumexp.unsqueeze(-1))
-    weights = torch.nan_to_num(weights, 0.0)
-    c_scores = weights * (c @ values.transpose(-2, -1) - (c * output).sum(-1, keepdim=True)) * factor
+    masked = scores + additive_mask(scores, attn_mask, is_causal)
+    # A row that attends to nothing would have NaN for a softmax, and for its derivative too.
+    nothing = (masked == -torch.inf).all(-1, keepdim=True)
+    weights = torch.softmax(masked.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
+    on_weights = c @ values.transpose(-2, -1)
+    c_scores = weights * (on_weights - (weights * on_weights).sum(-1, keepdim=True)) * factor
     per_key, per_value = c_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ c
     return c_scores @ keys, shared_heads(per_key, key), shared_heads(per_value, value)
 
@@ -128,8 +134,7 @@ def attention_sinks(
     values = repeat_heads(value, query)
     given = (c * (weights @ values)).sum(-1)
     c_scores = weights * (c @ values.transpose(-2, -1) - given.unsqueeze(-1))
-    # A masked score is -inf times a coefficient of exactly zero.
-    on_mask = torch.where(c_scores == 0, 0, c_scores * added).sum(-1)
+    on_mask = masked_product(c_scores, added).sum(-1)
     on_scores = (c_scores * scores).sum(-1)
     softmax = (1 - value_share) * given - score_share * (on_scores + on_mask)
     return softmax, score_share * on_mask

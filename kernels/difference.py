@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.kernels.attention import additive_mask, attention_scores, repeat_heads
+from lrp_compiler.kernels.gates import smooth_ratio
 from lrp_compiler.kernels.linear import relevance_of
 
 SMALL = 1e-10
@@ -101,10 +102,9 @@ def self_normalised(
 def logarithmic_mean(log_p: Tensor, log_p0: Tensor) -> Tensor:
     """(p - p0) / (log p - log p0), p where both are equal; zero where either is."""
     # From the larger of both, so that the exponential cannot overflow.
-    step = -(log_p - log_p0).abs()
-    largest = torch.maximum(log_p, log_p0).exp()
-    mean = largest * torch.where(step == 0, 1, torch.expm1(step) / torch.where(step == 0, 1, step))
-    return torch.nan_to_num(mean)
+    step = -difference(log_p, log_p0).abs()
+    # Rows that are masked whole have NaN for their logarithms.
+    return torch.nan_to_num(torch.maximum(log_p, log_p0).exp() * smooth_ratio(torch.expm1(step), step, 1.0, 0.5))
 
 
 def log_softmax_weights(x: Tensor, x0: Tensor, dim: list[int]) -> tuple[Tensor, Tensor]:

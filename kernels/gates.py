@@ -19,6 +19,17 @@ def ratio(value: Tensor, x: Tensor, limit: float) -> Tensor:
     return torch.where(zero, limit, value / torch.where(zero, 1, x))
 
 
+def smooth_ratio(value: Tensor, x: Tensor, limit: float, slope: float = 0.0) -> Tensor:
+    """value / x for a value that is x (limit + slope x + ...) near zero, with the derivative that this has.
+
+    Where the next term is below rounding the series takes the quotient's place: autograd would find the quotient's
+    derivative to be a difference of two numbers of size 1 / x, and zero at zero.
+    """
+    small = x.abs() < torch.finfo(x.dtype).eps ** 0.5
+    near = limit + slope * x if slope else limit
+    return torch.where(small, near, value / torch.where(small, 1, x))
+
+
 def relu(x: Tensor) -> Tensor:
     """[x > 0]."""
     return (x > 0).to(x.dtype)
@@ -68,6 +79,28 @@ def silu(x: Tensor) -> Tensor:
     return torch.sigmoid(x)
 
 
+def silu_backward(c: Tensor, x: Tensor) -> Tensor:
+    """c (x sigmoid(x))', which torch has as an op without a derivative."""
+    gate = torch.sigmoid(x)
+    return c * gate * (1 + x * (1 - gate))
+
+
+def mish_backward(c: Tensor, x: Tensor) -> Tensor:
+    """c (x tanh(softplus(x)))', likewise."""
+    gate = mish(x)
+    return c * (gate + x * torch.sigmoid(x) * (1 - gate * gate))
+
+
+def log_sigmoid_backward(c: Tensor, x: Tensor, buffer: Tensor | None) -> Tensor:
+    """c sigmoid(-x) without the value that torch kept."""
+    return c * torch.sigmoid(-x)
+
+
+def hardsigmoid_backward(c: Tensor, x: Tensor) -> Tensor:
+    """c / 6 where |x| < 3, likewise."""
+    return torch.where(x.abs() < 3, c / 6, 0)
+
+
 def mish(x: Tensor) -> Tensor:
     """tanh(softplus(x))."""
     return torch.tanh(torch.nn.functional.softplus(x))
@@ -80,7 +113,7 @@ def hardswish(x: Tensor) -> Tensor:
 
 def elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
     """scale * (input_scale above zero, alpha * expm1(input_scale x) / x below)."""
-    below = ratio(torch.expm1(torch.clamp(x * input_scale, max=0.0)), x, input_scale)
+    below = smooth_ratio(torch.expm1(torch.clamp(x * input_scale, max=0.0)), x, input_scale, input_scale**2 / 2)
     return scale * torch.where(x > 0, torch.full_like(x, input_scale), alpha * below)
 
 
@@ -91,48 +124,48 @@ def selu(x: Tensor) -> Tensor:
 
 def celu(x: Tensor, alpha: float = 1.0) -> Tensor:
     """1 above zero, alpha * expm1(x / alpha) / x below."""
-    below = ratio(alpha * torch.expm1(torch.clamp(x / alpha, max=0.0)), x, 1.0)
+    below = smooth_ratio(alpha * torch.expm1(torch.clamp(x / alpha, max=0.0)), x, 1.0, 1 / (2 * alpha))
     return torch.where(x > 0, torch.ones_like(x), below)
 
 
 def tanh(x: Tensor) -> Tensor:
     """tanh(x) / x, 1 at zero."""
-    return ratio(torch.tanh(x), x, 1.0)
+    return smooth_ratio(torch.tanh(x), x, 1.0)
 
 
 def sin(x: Tensor) -> Tensor:
     """sin(x) / x, 1 at zero."""
-    return ratio(torch.sin(x), x, 1.0)
+    return smooth_ratio(torch.sin(x), x, 1.0)
 
 
 def sinh(x: Tensor) -> Tensor:
     """sinh(x) / x, 1 at zero."""
-    return ratio(torch.sinh(x), x, 1.0)
+    return smooth_ratio(torch.sinh(x), x, 1.0)
 
 
 def asinh(x: Tensor) -> Tensor:
     """asinh(x) / x, 1 at zero."""
-    return ratio(torch.asinh(x), x, 1.0)
+    return smooth_ratio(torch.asinh(x), x, 1.0)
 
 
 def atan(x: Tensor) -> Tensor:
     """atan(x) / x, 1 at zero."""
-    return ratio(torch.atan(x), x, 1.0)
+    return smooth_ratio(torch.atan(x), x, 1.0)
 
 
 def erf(x: Tensor) -> Tensor:
     """erf(x) / x, 2 / sqrt(pi) at zero."""
-    return ratio(torch.erf(x), x, 2 / math.sqrt(math.pi))
+    return smooth_ratio(torch.erf(x), x, 2 / math.sqrt(math.pi))
 
 
 def expm1(x: Tensor) -> Tensor:
     """expm1(x) / x, 1 at zero."""
-    return ratio(torch.expm1(x), x, 1.0)
+    return smooth_ratio(torch.expm1(x), x, 1.0, 0.5)
 
 
 def log1p(x: Tensor) -> Tensor:
     """log1p(x) / x, 1 at zero."""
-    return ratio(torch.log1p(x), x, 1.0)
+    return smooth_ratio(torch.log1p(x), x, 1.0, -0.5)
 
 
 def absolute(x: Tensor) -> Tensor:
@@ -148,7 +181,8 @@ def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
 def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
     """clamp(x, min, max) / x; 1 wherever nothing is clamped."""
     clamped = torch.clamp(x, min, max)
-    return torch.where(clamped == x, torch.ones_like(x), ratio(clamped, x, 0.0))
+    kept = clamped == x
+    return torch.where(kept, torch.ones_like(x), ratio(clamped, torch.where(kept, 1, x), 0.0))
 
 
 def clamp_min(x: Tensor, min: float) -> Tensor:
@@ -168,7 +202,7 @@ def hardshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
 
 def softshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
     """max(0, 1 - lambd / |x|)."""
-    return torch.clamp(1 - lambd / x.abs(), min=0)
+    return 1 - lambd / torch.clamp(x.abs(), min=max(lambd, torch.finfo(x.dtype).tiny))
 
 
 def power(x: Tensor, exponent: float) -> Tensor:

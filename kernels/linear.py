@@ -69,6 +69,13 @@ def grouped_weights(c: Tensor, x: Tensor, weight: Tensor, offs: Tensor) -> Tenso
     return made
 
 
+def grouped_weights_by_group(x: Tensor, weight: Tensor, offs: Tensor, c: Tensor) -> tuple[None, Tensor]:
+    """What ``grouped_weights`` takes of the op it calls, one group after the other, which torch can differentiate."""
+    rows = torch.arange(x.shape[0], device=x.device, dtype=offs.dtype)
+    group = torch.searchsorted(offs, rows, right=True).unsqueeze(-1)
+    return None, torch.stack([torch.where(group == e, x, 0).t() @ c for e in range(weight.shape[0])])
+
+
 def convolution_transpose(
     c: Tensor,
     weight: Tensor,
@@ -102,5 +109,6 @@ def convolution_transpose(
 
 
 def masked_product(c: Tensor, value: Tensor) -> Tensor:
-    """R = a c where c is not zero, else 0: a masked score may be -inf and still carries nothing."""
-    return torch.where(c == 0, 0, relevance_of(c, value))
+    """R = a c, 0 where c is zero and a not finite: a masked score is -inf and still carries nothing."""
+    # The value is replaced, not the product: the derivative at c is a, also where c is zero.
+    return relevance_of(c, torch.where((c == 0) & ~torch.isfinite(value), 0, value))

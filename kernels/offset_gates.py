@@ -11,17 +11,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrp_compiler.kernels.gates import ratio
+from lrp_compiler.kernels.gates import smooth_ratio
 
 
 def sigmoid(x: Tensor) -> Tensor:
     """(sigmoid(x) - 1/2) / x = tanh(x / 2) / (2 x)."""
-    return ratio(torch.tanh(x / 2) / 2, x, 0.25)
+    return smooth_ratio(torch.tanh(x / 2) / 2, x, 0.25)
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
     """clamp(x, -3, 3) / (6 x)."""
-    return torch.where(x.abs() <= 3, torch.full_like(x, 1 / 6), ratio(torch.clamp(x, -3, 3) / 6, x, 1 / 6))
+    linear = x.abs() <= 3
+    return torch.where(linear, torch.full_like(x, 1 / 6), torch.clamp(x, -3, 3) / 6 / torch.where(linear, 1, x))
 
 
 def log_cosh(x: Tensor) -> Tensor:
@@ -33,28 +34,29 @@ def log_cosh(x: Tensor) -> Tensor:
 
 def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """(softplus(x) - log(2) / beta) / x = 1/2 + log(cosh(beta x / 2)) / (beta x), torch's cut at ``threshold`` kept."""
-    smooth = 0.5 + ratio(log_cosh(x * beta / 2) / beta, x, 0.0)
-    return torch.where(x * beta > threshold, 1 - ratio(torch.full_like(x, math.log(2) / beta), x, 0.0), smooth)
+    smooth = 0.5 + smooth_ratio(log_cosh(x * beta / 2) / beta, x, 0.0, beta / 8)
+    cut = x * beta > threshold
+    return torch.where(cut, 1 - math.log(2) / beta / torch.where(cut, x, 1), smooth)
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
     """(log sigmoid(x) + log 2) / x = 1/2 - log(cosh(x / 2)) / x."""
-    return 0.5 - ratio(log_cosh(x / 2), x, 0.0)
+    return 0.5 - smooth_ratio(log_cosh(x / 2), x, 0.0, 0.125)
 
 
 def exp(x: Tensor) -> Tensor:
     """(exp(x) - 1) / x."""
-    return ratio(torch.expm1(x), x, 1.0)
+    return smooth_ratio(torch.expm1(x), x, 1.0, 0.5)
 
 
 def cos(x: Tensor) -> Tensor:
     """(cos(x) - 1) / x = -2 sin(x / 2)^2 / x."""
-    return ratio(-2 * torch.sin(x / 2).square(), x, 0.0)
+    return smooth_ratio(-2 * torch.sin(x / 2).square(), x, 0.0, -0.5)
 
 
 def cosh(x: Tensor) -> Tensor:
     """(cosh(x) - 1) / x = 2 sinh(x / 2)^2 / x."""
-    return ratio(2 * torch.sinh(x / 2).square(), x, 0.0)
+    return smooth_ratio(2 * torch.sinh(x / 2).square(), x, 0.0, 0.5)
 
 
 OFFSET_GATES: dict[str, tuple[Callable[..., Tensor], Callable[..., float]]] = {

@@ -231,8 +231,7 @@ COEFFICIENTS = (6, 7, 8)
 """Which arguments of the op are coefficients."""
 
 
-@torch.library.custom_op("lrp::recurrent_pullback", mutates_args=())
-def recurrent_pullback(
+def pull_back(
     kind: str,
     gradient: bool,
     x: Tensor,
@@ -246,7 +245,7 @@ def recurrent_pullback(
     bidirectional: bool,
     batch_first: bool,
 ) -> list[Tensor]:
-    """Coefficients of input and initial states, then the biases' share (..., layers * directions, B, H).
+    """Coefficients of input and initial states by plain ops, then the biases' share (..., layers * directions, B, H).
 
     ``kind`` is the name of torch's op and the tensors are as it takes and gives them; with ``gradient`` its derivative
     instead of relevance. The c at its outputs may be absent, and may all have the same further dimensions in front.
@@ -263,6 +262,10 @@ def recurrent_pullback(
         x, output, arriving[0] = x.transpose(0, 1), output.transpose(0, 1), arriving[0].transpose(-3, -2)
     c_x, *rest = stack.pullback(x, output, arriving[0], arriving[1:])
     return [(c_x.transpose(-3, -2) if batch_first else c_x).contiguous(), *rest]
+
+
+recurrent_pullback = torch.library.custom_op("lrp::recurrent_pullback", pull_back, mutates_args=())
+"""``pull_back`` as one op of a graph."""
 
 
 def _leading(*cs: Tensor | None) -> torch.Size:

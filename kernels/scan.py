@@ -25,6 +25,16 @@ def selective_scan_transpose(states: Tensor, decay: Tensor, write: Tensor | None
     return result
 
 
+def scan_transpose(states: Tensor, decay: Tensor, write: Tensor | None, sizes: list[int]) -> Tensor:
+    """``selective_scan_transpose`` in plain ops, which torch can differentiate."""
+    parts: list[Tensor] = []
+    carried: Tensor | None = None
+    for t in reversed(range(states.shape[0])):
+        carried = states[t] if carried is None else torch.addcmul(states[t], decay[t + 1], carried)
+        parts.append((carried if write is None else write[t] * carried).sum_to_size(sizes[1:]))
+    return torch.stack(parts[::-1]) if parts else states.new_empty(sizes)
+
+
 @selective_scan_transpose.register_fake
 def _(states: Tensor, decay: Tensor, write: Tensor | None, sizes: list[int]) -> Tensor:
     return states.new_empty(sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -176,6 +177,7 @@ class LRPModule(nn.Module):
         output: str | None = None,
         per_dimension: bool = False,
         return_convergence_delta: bool = False,
+        create_graph: bool = False,
     ) -> Any:
         """Relevance of ``inputs`` for ``target``, with Captum's signature and result layout.
 
@@ -183,24 +185,27 @@ class LRPModule(nn.Module):
         tensor gives a tensor, a tuple a tuple, each of its input's shape; token ids give (batch, tokens), or with
         ``per_dimension`` (batch, tokens, dim). ``return_convergence_delta`` adds, per sample, the seeded output
         minus the sum of all attributions; with ``deep_lift`` the seeded output's difference from that of the
-        reference run on ``baselines`` (one for each of ``inputs``, as in ``run``). Raises what ``run`` and
-        ``Tape.relevance`` raise.
+        reference run on ``baselines`` (one for each of ``inputs``, as in ``run``). With ``create_graph`` results can
+        be differentiated, see ``Tape``. Raises what ``run`` and ``Tape.relevance`` raise.
         """
         single = isinstance(inputs, Tensor)
         given: tuple[Any, ...] = (inputs,) if isinstance(inputs, Tensor) else _attributable(inputs)
         extra = additional_forward_args
         more = () if extra is None else tuple(extra) if isinstance(extra, (tuple, list)) else (extra,)
         args, kwargs = (*given, *more), dict(sorted((forward_kwargs or {}).items()))
-        with torch.no_grad():
+        with contextlib.nullcontext() if create_graph else torch.no_grad():
             names = self._user_names(args, kwargs)[: len(pytree.tree_leaves(given))]
             references = _by_name(baselines, names)
             _, tape = self.run(*args, wrt=names, baselines=references, **kwargs)
-            found = tape.relevance(target, at=names, output=output, per_dimension=per_dimension)
+            found = tape.relevance(
+                target, at=names, output=output, per_dimension=per_dimension, create_graph=create_graph
+            )
             attributions = tuple(found[name] for name in names)
             result = attributions[0] if single else attributions
             if not return_convergence_delta:
                 return result
-            return result, tape.seeded_output(target, output) - sum(a.flatten(1).sum(1) for a in attributions)
+            seeded = tape.seeded_output(target, output, create_graph=create_graph)
+            return result, seeded - sum(a.flatten(1).sum(1) for a in attributions)
 
     def report(self, *args: Any, wrt: Names = None, target: Target = None, **kwargs: Any) -> Report:
         """What the compiler made of this kind of call: coverage, rules, promises, buffers, timings, sites.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from lrp_compiler.compiled import Compiler, ExplainedCall
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
-from lrp_compiler.passes.errors import ReferenceModeError, SizesError, StaleTapeError
+from lrp_compiler.passes.errors import NoHistoryError, ReferenceModeError, SizesError, StaleTapeError
 from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result, is_float
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.sizes import Sizes
@@ -26,11 +27,30 @@ Results = list[tuple[Result, Tensor]]
 Sites = tuple[tuple[str, Reading], ...]
 
 
+@dataclass
+class _Values:
+    """Values by name, and which of them autograd knows no history of."""
+
+    known: dict[str, Tensor] = field(default_factory=dict)
+    detached: set[str] = field(default_factory=set)
+
+    def lack(self, names: tuple[str, ...], history: bool) -> bool:
+        """Whether one of ``names`` is missing here, or its ``history`` is if that is needed."""
+        return any(name not in self.known or (history and name in self.detached) for name in names)
+
+    def add(self, values: dict[str, Tensor], *, has_history: bool) -> None:
+        """Take over values; those without history take the place of none."""
+        news = values if has_history else {name: value for name, value in values.items() if name not in self.known}
+        self.known.update(news)
+        self.detached = self.detached - news.keys() if has_history else self.detached | news.keys()
+
+
 class Recording:
     """The inputs and kept values of one call, and what can be computed from them later.
 
-    Values that were not kept are recomputed with the same random numbers; parameters that changed since raise
-    StaleTapeError. The reference run of composites that need one is made once, when first asked for.
+    Values that were not kept, or kept without the history that is asked for, are recomputed with the same random
+    numbers; parameters that changed since raise StaleTapeError. The reference run of composites that need one is made
+    once, when first asked for.
     """
 
     def __init__(self, compiler: Compiler, call: ExplainedCall, request: Request) -> None:
@@ -38,12 +58,13 @@ class Recording:
         self._call = call
         self._request = request
         self._inputs: dict[str, Any] = {}
-        self._saved: dict[str, Tensor] = {}
+        self._saved = _Values()
         self._reference_inputs: dict[str, Tensor] = {}
-        self._references: dict[str, Tensor] = {}
+        self._references = _Values()
         self._reference_leaves: list[Tensor] = []
         self._versions: dict[str, int | None] = {}
         self._leaves: list[Tensor] = []
+        self._has_history = False
         self._rng: Tensor | None = None
         self.sizes = Sizes()
 
@@ -59,10 +80,12 @@ class Recording:
         """
         self._reference_inputs = reference
         executable = self._compiler.emitted(self._call, self._request)[1]
+        self._has_history = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.sizes = self._bound(inputs)
         self._inputs = _protected(self.program, inputs)
         self._rng = torch.get_rng_state() if self._call.is_random else None
-        self._leaves, mutated, self._saved = _run_forward(executable, inputs, self.sizes)
+        self._leaves, mutated, saved = _run_forward(executable, inputs, self.sizes)
+        self._saved.add(saved, has_history=self._has_history)
         write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
         self._versions = {name: _version(value) for name, value in self._inputs.items()}
         return self._leaves
@@ -105,6 +128,10 @@ class Recording:
         self._bound(list(self._inputs.values()))
         return self.run(executable, seeds, masks or [], **how)
 
+    def make_differentiable(self, request: Request) -> None:
+        """Make the code of differentiable answers ahead: it cannot be made inside a transform of torch.func."""
+        self._compiler.emitted(self._call, request)[1].differentiable  # noqa: B018
+
     def run(
         self,
         executable: Executable,
@@ -113,15 +140,23 @@ class Recording:
         *,
         mapped: bool = False,
         differentiable: bool = False,
+        create_graph: bool = False,
     ) -> Results:
-        """Run a relevance graph; ``mapped`` seeds have one more dimension, ``differentiable`` ones record gradients."""
-        self._complete(executable)
-        values = [self._inputs[name] for name in executable.free] + [self._saved[name] for name in executable.saved]
-        values += [self._references[name] for name in executable.reference]
-        if differentiable:
+        """Run a relevance graph; ``mapped`` seeds have one more dimension, ``differentiable`` ones record gradients.
+
+        With ``create_graph`` the results also have the derivatives that forward values, inputs and parameters give
+        them; raises NoHistoryError.
+        """
+        self._complete(executable, create_graph)
+        values = [self._inputs[name] for name in executable.free] + [
+            self._saved.known[name] for name in executable.saved
+        ]
+        values += [self._references.known[name] for name in executable.reference]
+        if differentiable and not create_graph:
             values = [value.detach() if isinstance(value, Tensor) else value for value in values]
-        with torch.set_grad_enabled(differentiable), without_autocast():
-            code = executable.differentiable if differentiable else executable.relevance
+        recorded = differentiable or create_graph
+        with torch.set_grad_enabled(recorded), without_autocast():
+            code = executable.differentiable if recorded else executable.relevance
             assert code is not None
             results = _relevance(partial(code, self.sizes), values, seeds, masks, mapped=mapped)
         return list(zip(executable.program.results, results, strict=True))
@@ -136,22 +171,28 @@ class Recording:
             values = reference_relevance(self.program, list(self._inputs.values()), seeds, [n for n, _ in sites])
         return [(Result(kind, name), values[name]) for name, kind in sites]
 
-    def _complete(self, executable: Executable) -> None:
-        """Recompute what this question needs and the forward pass did not keep."""
-        if not all(name in self._references for name in executable.reference):
-            self._run_reference(executable)
-        if all(name in self._saved for name in executable.saved):
+    def _complete(self, executable: Executable, create_graph: bool) -> None:
+        """Recompute what this question needs and the forward pass did not keep, or kept without its history."""
+        if create_graph and not self._has_history:
+            raise NoHistoryError(cause="the forward pass ran with gradients disabled")
+        if create_graph and not torch.is_grad_enabled():
+            raise NoHistoryError(cause="gradients are disabled here")
+        if self._references.lack(executable.reference, create_graph):
+            self._run_reference(executable, create_graph)
+        if not self._saved.lack(executable.saved, create_graph):
             return
-        with torch.no_grad(), self._random_numbers():
+        with torch.set_grad_enabled(create_graph), self._random_numbers():
             _, _, saved = _run_forward(executable, list(self._inputs.values()), self.sizes)
-        self._saved.update(saved)
+        self._saved.add(saved, has_history=create_graph)
 
-    def _run_reference(self, executable: Executable) -> None:
+    def _run_reference(self, executable: Executable, create_graph: bool = False) -> None:
         """The same forward code on the baselines; what it would change in place stays as it is."""
         inputs = {**self._inputs, **self._reference_inputs}
-        with torch.no_grad(), self._random_numbers():
+        with torch.set_grad_enabled(create_graph), self._random_numbers():
             self._reference_leaves, _, recorded = _run_forward(executable, list(inputs.values()), self.sizes)
-        self._references.update({**self._reference_inputs, **recorded})
+        self._references.add(recorded, has_history=create_graph)
+        # Baselines are the user's own: what history they have is theirs.
+        self._references.add(self._reference_inputs, has_history=True)
 
     def _random_numbers(self) -> _ReplayedRNG:
         """A context in which the CPU generator repeats what the forward pass drew."""
@@ -220,7 +261,7 @@ def _protected(program: Program, inputs: list[Any]) -> dict[str, Any]:
     """The inputs by name; those the model overwrites are cloned, so that the tape keeps what was read."""
     overwritten = {mutation.input for mutation in program.mutations}
     named = zip((spec.node for spec in program.inputs), inputs, strict=True)
-    return {name: value.detach().clone() if name in overwritten else value for name, value in named}
+    return {name: value.clone() if name in overwritten else value for name, value in named}
 
 
 def _version(value: Any) -> int | None:

@@ -33,6 +33,21 @@ class Seed:
 
 
 @dataclass(frozen=True)
+class Several:
+    """Targets to be explained side by side."""
+
+    targets: tuple[Target, ...]
+
+    def stacked(self, seeds: list[dict[int, Tensor]]) -> dict[int, Tensor]:
+        """One seed per output with the targets along a new first dimension; absent seeds are zero."""
+        known = {index: seed for found in seeds for index, seed in found.items()}
+        return {
+            index: torch.stack([found.get(index, torch.zeros_like(known[index])) for found in seeds])
+            for index in sorted(known)
+        }
+
+
+@dataclass(frozen=True)
 class Contrast(Seed):
     """One class against another: e_index - e_against; ``index`` and ``against`` as any class target."""
 
@@ -130,15 +145,22 @@ class Span:
 
 
 def seeds_for(
-    outputs: dict[int, Tensor], chosen: int, target: Target, rebuild: Callable[[dict[int, Tensor]], Any]
+    outputs: dict[int, Tensor],
+    chosen: int,
+    target: Target,
+    rebuild: Callable[[dict[int, Tensor]], Any],
+    create_graph: bool = False,
 ) -> dict[int, Tensor]:
     """The seed of each explained output leaf.
 
     ``outputs`` are the explainable leaves by index, ``chosen`` the one that targets index; ``rebuild`` makes the
-    model's output from replaced leaves, for callables.
+    model's output from replaced leaves, for callables. With ``create_graph`` a seed that is computed from outputs can
+    be differentiated with respect to them.
     """
+    if not create_graph:
+        outputs = {index: output.detach() for index, output in outputs.items()}
     if callable(target) and not isinstance(target, (Seed, Tensor)):
-        return _seeds_of_callable(outputs, target, rebuild)
+        return _seeds_of_callable(outputs, target, rebuild, create_graph)
     return {chosen: seed_for(outputs[chosen], target)}
 
 
@@ -211,10 +233,17 @@ def _per_sample(index: Any, output: Tensor, dim: int, target: Target) -> Tensor:
 
 
 def _seeds_of_callable(
-    outputs: dict[int, Tensor], target: Callable[[Any], Any], rebuild: Callable[[dict[int, Tensor]], Any]
+    outputs: dict[int, Tensor],
+    target: Callable[[Any], Any],
+    rebuild: Callable[[dict[int, Tensor]], Any],
+    create_graph: bool,
 ) -> dict[int, Tensor]:
     """d target / d output: the seed under which relevance explains the callable's value to first order."""
-    leaves = {index: output.detach().clone().requires_grad_() for index, output in outputs.items()}
+    leaves = {
+        # An output with a history is one of its own views, so that one output's derivative is not another's too.
+        index: output.view_as(output) if output.requires_grad else output.detach().clone().requires_grad_()
+        for index, output in outputs.items()
+    }
     shapes = tuple(tuple(output.shape) for output in outputs.values())
     with torch.inference_mode(False), torch.enable_grad():
         value = target(rebuild(dict(leaves)))
@@ -223,5 +252,5 @@ def _seeds_of_callable(
             raise TargetError(target=target, shape=shapes, cause="it does not depend on a floating-point output")
         if total.is_complex():
             raise TargetError(target=target, shape=shapes, cause="what it returns is complex; take its real part, say")
-        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, create_graph=create_graph)
     return {index: grad for index, grad in zip(leaves, grads, strict=True) if grad is not None}

@@ -73,6 +73,18 @@ def is_glob(name: str) -> bool:
     return any(char in name for char in "*?[")
 
 
+def matching_names(known: dict[str, tuple[str, ...]], names: str | list[str] | tuple[str, ...]) -> list[str]:
+    """The names that ``names`` (exact or glob) stand for; raises UnknownSiteError."""
+    found: dict[str, None] = {}
+    for name in name_list(names, "names"):
+        matches = fnmatch.filter(known, name)
+        if not matches:
+            close = difflib.get_close_matches(name, known, n=3)
+            raise UnknownSiteError(name=name, closest=f"Parameters alike: {', '.join(close) or ', '.join(known)}.")
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
 def _closest(name: str, program: Program, table: dict[str, SiteRef]) -> str:
     inside = (node.name for node in forward_nodes_everywhere(program))
     if name in inside:

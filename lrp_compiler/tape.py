@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,15 +21,14 @@ from lrp_compiler.passes.errors import (
     NotLinearError,
     OutputError,
     ReferenceModeError,
-    UnknownSiteError,
 )
 from lrp_compiler.passes.insert_relevance import total_of
 from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts, live_value
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.sizes import value_of_sizes
 from lrp_compiler.recording import Recording, Results, Sites
-from lrp_compiler.seeds import Target, seeds_for
-from lrp_compiler.sites import SiteRef, is_glob, name_list, resolve_sites
+from lrp_compiler.seeds import Several, Target, seeds_for
+from lrp_compiler.sites import SiteRef, is_glob, matching_names, name_list, resolve_sites
 
 Names = str | list[str] | tuple[str, ...] | None
 Sinks = dict[str, dict[str, Tensor]]
@@ -47,6 +43,11 @@ class Tape:
     Made by ``LRPModule.run``. Values a later question needs and the pass did not keep are recomputed from its inputs
     with the same random numbers; parameters that changed since raise StaleTapeError. The reference run of composites
     that need one is made once, when first asked for.
+
+    With ``create_graph=True`` a result can be differentiated, as torch.autograd.grad's can: by the model's parameters
+    and by inputs that require gradients, through what relevance reads of the forward pass, the reference run and seeds
+    that are computed from outputs too. One backward pass frees what the model's own output needs for its: add up the
+    losses, or retain the graph. Raises NoHistoryError where gradients were or are disabled, and NotDifferentiableError.
     """
 
     def __init__(self, model: nn.Module, compiler: Compiler, call: ExplainedCall, request: Request) -> None:
@@ -76,6 +77,7 @@ class Tape:
         output: str | None = None,
         per_dimension: bool = False,
         through: Masks | None = None,
+        create_graph: bool = False,
     ) -> Any:
         """Relevance at sites, for a target at an output.
 
@@ -92,10 +94,16 @@ class Tape:
         """
         composite = self.program.composite
         readout: EdgeKind = composite.readout if composite is not None else "relevance"
-        return self._at_sites(target, at, output, readout, per_dimension, through)
+        return self._at_sites(target, at, output, readout, per_dimension, create_graph, through)
 
     def relevance_of_each(
-        self, targets: list[Target], at: Names = None, *, output: str | None = None, per_dimension: bool = False
+        self,
+        targets: list[Target],
+        at: Names = None,
+        *,
+        output: str | None = None,
+        per_dimension: bool = False,
+        create_graph: bool = False,
     ) -> Any:
         """``relevance`` for several targets in one pass: results gain a leading dimension, one entry per target.
 
@@ -109,13 +117,15 @@ class Tape:
             raise ArgumentError(function=RELEVANCE + "_of_each", name="targets", value=targets, cause=cause)
         composite = self.program.composite
         readout: EdgeKind = composite.readout if composite is not None else "relevance"
-        return self._at_sites(_Several(tuple(targets)), at, output, readout, per_dimension)
+        return self._at_sites(Several(tuple(targets)), at, output, readout, per_dimension, create_graph)
 
-    def coefficients(self, target: Target = None, at: Names = None, *, output: str | None = None) -> Any:
+    def coefficients(
+        self, target: Target = None, at: Names = None, *, output: str | None = None, create_graph: bool = False
+    ) -> Any:
         """The coefficients c (R = a * c) at sites; arguments and result as in ``relevance``, never summed."""
         if self._compiler.options.reference:
             raise ReferenceModeError(cause="a relevance-space pass has no coefficients")
-        return self._at_sites(target, at, output, "coefficient", True)
+        return self._at_sites(target, at, output, "coefficient", True, create_graph)
 
     def coefficients_from(self, starts: dict[str, Tensor], at: Names, *, blocked: tuple[str, ...] = ()) -> Any:
         """The coefficients that seeds at inner sites send to earlier ones, past none of the sites ``blocked``.
@@ -144,13 +154,15 @@ class Tape:
     def _nodes_at(self, names: list[str]) -> tuple[str, ...]:
         return tuple(node for ref in resolve_sites(self.program, names) for node in ref.nodes)
 
-    def activations(self, at: Names = None) -> Any:
+    def activations(self, at: Names = None, *, create_graph: bool = False) -> Any:
         """The forward values at sites; result as in ``relevance``, token inputs giving their embeddings."""
         refs = resolve_sites(self.program, self._names_of(at))
-        values = self.values(tuple(dict.fromkeys(node for ref in refs for node in ref.nodes)))
+        values = self.values(tuple(dict.fromkeys(node for ref in refs for node in ref.nodes)), create_graph)
         return self._gathered(refs, values, at, "activation", True)
 
-    def attention_maps(self, target: Target = None, *, output: str | None = None) -> dict[str, Tensor]:
+    def attention_maps(
+        self, target: Target = None, *, output: str | None = None, create_graph: bool = False
+    ) -> dict[str, Tensor]:
         """Relevance at every attention map, fused or not: path of its module -> (batch, heads, queries, keys).
 
         A model that merges batch and heads gives (batch * heads, queries, keys). Raises SiteWithoutRelevanceError where
@@ -158,17 +170,21 @@ class Tape:
         """
         found = attention_sites(self.program)
         nodes = tuple((site.map, site.reading) for site in found.values())
-        values = by_site(self._ask(target, output, nodes)[0])
+        values = by_site(self._ask(target, output, nodes, create_graph=create_graph)[0])
         return {label: values[site.map] for label, site in found.items()}
 
-    def heads(self, target: Target = None, *, output: str | None = None) -> dict[str, Tensor]:
+    def heads(
+        self, target: Target = None, *, output: str | None = None, create_graph: bool = False
+    ) -> dict[str, Tensor]:
         """Relevance of every attention head, its features summed: path of its module -> (batch, heads, queries)."""
         found = attention_sites(self.program)
         nodes: Sites = tuple((site.output, "relevance") for site in found.values())
-        values = by_site(self._ask(target, output, nodes)[0])
+        values = by_site(self._ask(target, output, nodes, create_graph=create_graph)[0])
         return {label: values[site.output].sum(-1) for label, site in found.items()}
 
-    def parameters(self, target: Target = None, names: Names = None, *, output: str | None = None) -> dict[str, Tensor]:
+    def parameters(
+        self, target: Target = None, names: Names = None, *, output: str | None = None, create_graph: bool = False
+    ) -> dict[str, Tensor]:
         """Relevance of weights and biases: parameter name -> tensor of its shape, summed over the batch and all uses.
 
         ``names`` are parameter names or globs, None meaning all. A weight's relevance is the relevance of the values it
@@ -178,9 +194,9 @@ class Tape:
         """
         nodes = self._parameter_nodes()
         distinct = [name for name, _ in self._model.named_parameters() if name in nodes]
-        wanted = distinct if names is None else _matching(nodes, names)
+        wanted = distinct if names is None else matching_names(nodes, names)
         sites: Sites = tuple((node, "parameter") for name in wanted for node in nodes[name])
-        values = by_site(self._ask(target, output, tuple(dict.fromkeys(sites)))[0])
+        values = by_site(self._ask(target, output, tuple(dict.fromkeys(sites)), create_graph=create_graph)[0])
         return {name: torch.stack([values[node] for node in nodes[name]]).sum(0) for name in wanted}
 
     def _parameter_nodes(self) -> dict[str, tuple[str, ...]]:
@@ -207,6 +223,8 @@ class Tape:
         nodes: Sites = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
         request = Request((chosen,), tuple(dict.fromkeys(nodes)))
 
+        self._recording.make_differentiable(request)
+
         def pullback(seed: Tensor) -> dict[str, Tensor]:
             values = by_site(self._recording.answer(request, [seed], differentiable=True))
             return {ref.label: _gather(ref, values, "coefficient", True) for ref in refs}
@@ -217,13 +235,14 @@ class Tape:
         activations = self.activations([ref.label for ref in refs])
         return Linearised(pullback, self._recording.outputs()[chosen].detach(), activations, seed_of)
 
-    def values(self, nodes: tuple[str, ...]) -> dict[str, Tensor]:
+    def values(self, nodes: tuple[str, ...], create_graph: bool = False) -> dict[str, Tensor]:
         """The forward values of graph nodes, parameters among them, by node name."""
-        return by_site(self._recording.answer(Request((), tuple((node, "activation") for node in nodes)), []))
+        request = Request((), tuple((node, "activation") for node in nodes))
+        return by_site(self._recording.answer(request, [], create_graph=create_graph))
 
-    def sinks(self, target: Target = None, *, output: str | None = None) -> Sinks:
+    def sinks(self, target: Target = None, *, output: str | None = None, create_graph: bool = False) -> Sinks:
         """What left the graph on purpose: op -> kind -> relevance tensor (bias, constant, softmax, mask, epsilon)."""
-        results, _ = self._ask(target, output, (), sinks=True)
+        results, _ = self._ask(target, output, (), sinks=True, create_graph=create_graph)
         found: Sinks = {}
         for result, value in results:
             if result.kind == "sink":
@@ -238,7 +257,7 @@ class Tape:
         dtype = next(iter(seeds.values())).dtype
         return ledger_from_results(self.program, results, total, dtype)
 
-    def seeded_output(self, target: Target = None, output: str | None = None) -> Tensor:
+    def seeded_output(self, target: Target = None, output: str | None = None, *, create_graph: bool = False) -> Tensor:
         """Per sample, the sum of seed times output: what relevance at inputs and sinks adds up to.
 
         With a reference run, of seed times the output's difference from that run's.
@@ -248,7 +267,7 @@ class Tape:
             relevance_of(seed, leaves[index])
             .reshape(seed.shape[0] if seed.dim() else 1, math.prod(seed.shape[1:]))
             .sum(1)
-            for index, seed in self._seeds(target, output).items()
+            for index, seed in self._seeds(target, output, create_graph).items()
         )
 
     def _at_sites(
@@ -258,11 +277,12 @@ class Tape:
         output: str | None,
         kind: Reading,
         per_dimension: bool,
+        create_graph: bool,
         through: Masks | None = None,
     ) -> Any:
         refs = resolve_sites(self.program, self._names_of(at))
         nodes = tuple(dict.fromkeys((node, kind) for ref in refs for node in ref.nodes))
-        results, _ = self._ask(target, output, nodes, masks=self._masks(through or {}))
+        results, _ = self._ask(target, output, nodes, masks=self._masks(through or {}), create_graph=create_graph)
         return self._gathered(refs, by_site(results), at, kind, per_dimension)
 
     def _gathered(
@@ -297,18 +317,19 @@ class Tape:
                     raise MaskError(site=name, cause=cause) from None
         return found
 
-    def _seeds(self, target: Target, output: str | None) -> dict[int, Tensor]:
+    def _seeds(self, target: Target, output: str | None, create_graph: bool = False) -> dict[int, Tensor]:
         name = output if output is not None else self._compiler.options.output
         chosen = self._call.chosen_output(name)
         leaves = self._recording.outputs()
-        explainable = {i: leaves[i].detach() for i in sorted(self._call.explainable_outputs().values())}
+        explainable = {i: leaves[i] for i in sorted(self._call.explainable_outputs().values())}
 
         def rebuild(replaced: dict[int, Tensor]) -> Any:
             return rebuild_output(self.program, list({**leaves, **replaced}.values()), self._recording.sizes)
 
-        if isinstance(target, _Several):
-            return target.stacked([seeds_for(explainable, chosen, one, rebuild) for one in target.targets])
-        seeds = seeds_for(explainable, chosen, target, rebuild)
+        if isinstance(target, Several):
+            each = [seeds_for(explainable, chosen, one, rebuild, create_graph) for one in target.targets]
+            return target.stacked(each)
+        seeds = seeds_for(explainable, chosen, target, rebuild, create_graph)
         if not seeds:
             known = ", ".join(output_names(self.program)[index] for index in explainable)
             raise OutputError(name="(callable)", cause="the target depends on none of its outputs", known=known)
@@ -323,57 +344,32 @@ class Tape:
         sinks: bool = False,
         ledger: bool = False,
         masks: Masks | None = None,
+        create_graph: bool = False,
     ) -> tuple[Results, dict[int, Tensor]]:
         """Compile and run the relevance pass for one question."""
         self._recording.check_fresh()
-        seeds = self._seeds(target, output)
+        seeds = self._seeds(target, output, create_graph)
         masks = masks or {}
         if masks and (self._compiler.options.reference or self._compiler.options.verify != "off"):
             raise MaskError(site=next(iter(masks)), cause="masks are refused with reference=True and with verify")
         if self._compiler.options.reference:
-            if sinks or ledger:
-                cause = "the reference interpreter keeps no ledger"
+            if sinks or ledger or create_graph:
+                cause = "the reference interpreter keeps no ledger and no derivatives"
                 raise ReferenceModeError(cause=cause)
             return self._recording.interpreted(seeds, sites), seeds
         request = Request(tuple(seeds), sites, sinks, ledger, tuple(masks))
         given = (list(seeds.values()), list(masks.values()))
-        results = self._recording.answer(request, *given, mapped=isinstance(target, _Several))
+        several = isinstance(target, Several)
+        results = self._recording.answer(request, *given, mapped=several, create_graph=create_graph)
         if self._compiler.options.verify == "ledger" and not ledger:
-            for one in target.targets if isinstance(target, _Several) else [target]:
+            for one in target.targets if isinstance(target, Several) else [target]:
                 self.ledger(one, output=output).check()
         return results, seeds
-
-
-@dataclass(frozen=True)
-class _Several:
-    """Targets to be explained side by side."""
-
-    targets: tuple[Target, ...]
-
-    def stacked(self, seeds: list[dict[int, Tensor]]) -> dict[int, Tensor]:
-        """One seed per output with the targets along a new first dimension; absent seeds are zero."""
-        known = {index: seed for found in seeds for index, seed in found.items()}
-        return {
-            index: torch.stack([found.get(index, torch.zeros_like(known[index])) for found in seeds])
-            for index in sorted(known)
-        }
 
 
 def by_site(results: Results) -> dict[str, Tensor]:
     """Results of different nodes by node name."""
     return {result.site: value for result, value in results}
-
-
-def _matching(known: dict[str, tuple[str, ...]], names: str | list[str] | tuple[str, ...]) -> list[str]:
-    """The names that ``names`` (exact or glob) stand for; raises UnknownSiteError."""
-    found: dict[str, None] = {}
-    for name in name_list(names, "names"):
-        matches = fnmatch.filter(known, name)
-        if not matches:
-            close = difflib.get_close_matches(name, known, n=3)
-            raise UnknownSiteError(name=name, closest=f"Parameters alike: {', '.join(close) or ', '.join(known)}.")
-        found.update(dict.fromkeys(matches))
-    return list(found)
 
 
 def _gather(ref: SiteRef, values: dict[str, Tensor], kind: Reading, per_dimension: bool) -> Tensor:

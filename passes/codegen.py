@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from lrp_compiler.kernels.attention import attention_backward
 from lrp_compiler.passes.branches import (
     Conditional,
     ConditionalRelevance,
@@ -21,8 +20,8 @@ from lrp_compiler.passes.branches import (
     rule_tensors,
 )
 from lrp_compiler.passes.buffers import free_values, recorded_values, reference_values, saved_values
+from lrp_compiler.passes.differentiable import check_differentiable, keep_derivatives, write_plainly
 from lrp_compiler.passes.program import Constant, Program, copy_graph, is_float
-from lrp_compiler.passes.share_memory import IN_PLACE
 from lrp_compiler.passes.sizes import Size, Sizes
 
 
@@ -58,16 +57,10 @@ class Executable:
 
     @cached_property
     def differentiable(self) -> Code:
-        """``relevance`` with plain products in place of fused ops whose result torch cannot differentiate again."""
+        """``relevance`` in ops that torch can differentiate again; raises NotDifferentiableError."""
         assert self.program.relevance_graph is not None
+        check_differentiable(self.program)
         return _compiled(self.program.relevance_graph, "differentiable_relevance", differentiable=True)
-
-
-DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
-    **{in_place: op for op, in_place in IN_PLACE.items()},
-}
-"""Op without a derivative, or that overwrites what one needs -> a function of the same arguments that has one."""
 
 
 def codegen(program: Program) -> Executable:
@@ -104,13 +97,12 @@ def _taking_sizes(graph: fx.Graph) -> tuple[Any, ...]:
 
 def _compiled(graph: fx.Graph, name: str, *, differentiable: bool = False) -> Code:
     graph = copy_graph(graph)
+    write_plainly(graph) if differentiable else keep_derivatives(graph)
     for node in graph.nodes:
         if isinstance(node.target, Conditional):
             node.target = _forward_taken(node.target.branches)
         elif isinstance(node.target, ConditionalRelevance):
             node.target = _relevance_taken(node.target.branches, differentiable)
-        elif differentiable:
-            node.target = DIFFERENTIABLE.get(node.target, node.target)
     sizes = _taking_sizes(graph)
     return Code(fx.GraphModule(torch.nn.Module(), graph, class_name=name).forward, sizes)
 

@@ -374,6 +374,20 @@ class HookError(LRPError):
     )
 
 
+class NotDifferentiableError(LRPError):
+    id = "LRP045"
+    template = "this relevance cannot be differentiated: {op} at {at} has no derivative ({cause})"
+    hint = (
+        "Ask without create_graph, or give the op at '{at}' another rule with composite.override or rules={{op: ...}}."
+    )
+
+
+class NoHistoryError(LRPError):
+    id = "LRP046"
+    template = "create_graph=True: {cause}, so relevance has no path to what it depends on"
+    hint = "Run the model and ask with gradients enabled, outside of torch.no_grad() and torch.inference_mode()."
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")

@@ -58,6 +58,18 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "digits.png").stat().st_size > 10_000
 
 
+def test_penalised_relevance_makes_right_for_the_right_reasons() -> None:
+    """What the example prints: an artefact costs half of the accuracy, and a penalty on its relevance gives it back."""
+    command = [sys.executable, str(ROOT / "examples" / "right_for_the_right_reasons.py")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    rows = [[float(number) for number in re.findall(r"([\d.]+)%", line)] for line in printed.splitlines()]
+    plain, penalised, clean = [row for row in rows if len(row) == 4]
+    assert min(plain[0], penalised[0]) >= 95
+    # The bounds leave room for other rounding on other machines, which training amplifies.
+    assert max(plain[1:3]) <= 70 and min(penalised[1:3]) >= clean[1] - 4 and clean[1] >= 95
+    assert plain[3] >= 30 and penalised[3] <= 5
+
+
 def test_every_rule_is_in_the_catalogue() -> None:
     """`make catalogue` writes it; what the tests before this one have seen of a rule stands there too."""
     rows: dict[tuple[str, str], list[str]] = {}

@@ -230,8 +230,29 @@ def flat() -> Any:
     return tape("epsilon_plus_flat").parameters(0)
 
 
-def tape(composite: str = "epsilon") -> Any:
-    return compile_for_lrp(mlp(), composite).run(X)[1]
+def tape(composite: str = "epsilon", **options: Any) -> Any:
+    return compile_for_lrp(mlp(), composite, **options).run(X)[1]
+
+
+def unrecorded() -> Any:
+    with torch.no_grad():
+        return tape()
+
+
+@torch.library.custom_op("lrp_tests::halved", mutates_args=())
+def half_of(c: Tensor) -> Tensor:
+    """An op that torch cannot differentiate."""
+    return c / 2
+
+
+@half_of.register_fake
+def _(c: Tensor) -> Tensor:
+    return torch.empty_like(c)
+
+
+def halved(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    made: Tensor = torch.ops.lrp_tests.halved.default(c)
+    return made
 
 
 def branching(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
@@ -375,6 +396,18 @@ CASES += [
     ("start", lambda: tape().coefficients_from({"1": X}, "0"), errors.ArgumentError, ["(2, 3)", "shape (2, 4)"]),
     ("weights of flat", flat, errors.ParameterRelevanceError, ["'flat'", "0.weight", "composite.override"]),
     ("not linear", lambda: tape("guided_backprop").linearised(), errors.NotLinearError, ["guided_backprop", "relu"]),
+    (
+        "no gradients",
+        lambda: unrecorded().relevance(0, create_graph=True),
+        errors.NoHistoryError,
+        ["create_graph=True", "forward pass", "with gradients enabled"],
+    ),
+    (
+        "no derivative",
+        lambda: tape("epsilon", rules={torch.ops.aten.relu: halved}).relevance(0, create_graph=True),
+        errors.NotDifferentiableError,
+        ["lrp_tests::halved", "relu", "Ask without create_graph"],
+    ),
     ("training", lambda: fit_patterns(mlp(), [X]), errors.PatternFitError, ["training mode", "model.eval()"]),
     ("region", lambda: compile_for_lrp(Maps())(X), errors.RegionError, ["vmap", "test_messages.py"]),
     ("autocast", lambda: compile_for_lrp(Casts())(X), errors.AutocastError, ["aten::lstm", "self.cell(x)", "'cpu'"]),
