@@ -158,12 +158,23 @@ class LRPModule(nn.Module):
         need ids. Inputs that are neither attributed nor named keep their value. The reference run repeats this run's
         random numbers and updates no buffers. Raises BaselineError, and NoValuesError for meta and fake tensors.
         """
-        kwargs = dict(sorted(kwargs.items()))
+        return self._recorded(args, dict(sorted(kwargs.items())), at, wrt, baselines)
+
+    def _recorded(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        at: Names,
+        wrt: Names,
+        baselines: Baselines,
+        once: bool = False,
+    ) -> tuple[Any, Tape]:
+        """Output and tape of one call; a tape for ``once`` gives values up while it answers its one question."""
         explained, request = self._prepared(args, kwargs, at, wrt, named_inputs(baselines))
         inputs = graph_inputs(explained.program, self._model, args, kwargs)
         require_values(explained.program, inputs)
         reference = reference_inputs(explained.program, inputs, baselines)
-        tape = Tape(self._model, self._compiler, explained, request)
+        tape = Tape(self._model, self._compiler, explained, request, once)
         return tape.record(inputs, reference), tape
 
     def attribute(
@@ -196,7 +207,8 @@ class LRPModule(nn.Module):
         with contextlib.nullcontext() if create_graph else torch.no_grad():
             names = self._user_names(args, kwargs)[: len(pytree.tree_leaves(given))]
             references = _by_name(baselines, names)
-            _, tape = self.run(*args, wrt=names, baselines=references, **kwargs)
+            once = not (return_convergence_delta or create_graph or self._options.verify != "off")
+            tape = self._recorded(args, kwargs, None, names, references, once)[1]
             found = tape.relevance(
                 target, at=names, output=output, per_dimension=per_dimension, create_graph=create_graph
             )

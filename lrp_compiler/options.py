@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.errors import OptionValueError, UnknownOptionError
 from lrp_compiler.passes.rules.base import Rule
 from lrp_compiler.registry import GivenRule, target_name
@@ -32,6 +33,22 @@ class Options:
         default=True,
         metadata={"help": "False traces every distinct shape for itself; True leaves sizes open from the second on"},
     )
+    memory_budget: float = field(
+        default=1.0,
+        metadata={
+            "help": "share in [0, 1] of the memory that values kept for relevance take by default: below 1 some are"
+            " computed again, 0 is the least that can be reached"
+        },
+    )
+    recompute: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "globs of module paths whose inner values are computed again instead of kept"},
+    )
+
+    @property
+    def memory_goal(self) -> MemoryGoal:
+        """What lower_promises is to reach."""
+        return MemoryGoal(self.memory_budget, self.recompute)
 
 
 def parse_options(given: dict[str, Any]) -> Options:
@@ -43,6 +60,8 @@ def parse_options(given: dict[str, Any]) -> Options:
     if "rules" in given:
         _check_rules(given["rules"])
         given = {**given, "rules": {target_name(op): fn for op, fn in given["rules"].items()}}
+    if "recompute" in given:
+        given = {**given, "recompute": _globs(given["recompute"])}
     options = Options(**given)
     if options.verify not in ("off", "ledger"):
         raise OptionValueError(name="verify", value=options.verify, cause="it is 'off' or 'ledger'")
@@ -50,9 +69,20 @@ def parse_options(given: dict[str, Any]) -> Options:
         raise OptionValueError(name="reference", value=options.reference, cause="it is True or False")
     if options.output is not None and not isinstance(options.output, str):
         raise OptionValueError(name="output", value=options.output, cause="it is the name of an output")
+    budget = options.memory_budget
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= 1:
+        raise OptionValueError(name="memory_budget", value=budget, cause="it is a number from 0 to 1")
     if options.reference and options.verify != "off":
         raise OptionValueError(name="reference", value=True, cause="the reference interpreter keeps no ledger")
     return options
+
+
+def _globs(given: Any) -> tuple[str, ...]:
+    """``recompute`` is a glob or several; raises OptionValueError."""
+    globs = (given,) if isinstance(given, str) else given
+    if not isinstance(globs, (list, tuple)) or not all(isinstance(glob, str) and glob for glob in globs):
+        raise OptionValueError(name="recompute", value=given, cause="it is a list of globs of module paths")
+    return tuple(globs)
 
 
 def _check_rules(rules: Any) -> None:

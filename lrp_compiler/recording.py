@@ -50,13 +50,14 @@ class Recording:
 
     Values that were not kept, or kept without the history that is asked for, are recomputed with the same random
     numbers; parameters that changed since raise StaleTapeError. The reference run of composites that need one is made
-    once, when first asked for.
+    once, when first asked for. A recording for ``once`` answers one question and gives its values up meanwhile.
     """
 
-    def __init__(self, compiler: Compiler, call: ExplainedCall, request: Request) -> None:
+    def __init__(self, compiler: Compiler, call: ExplainedCall, request: Request, once: bool = False) -> None:
         self._compiler = compiler
         self._call = call
         self._request = request
+        self._once = once
         self._inputs: dict[str, Any] = {}
         self._saved = _Values()
         self._reference_inputs: dict[str, Tensor] = {}
@@ -158,8 +159,19 @@ class Recording:
         with torch.set_grad_enabled(recorded), without_autocast():
             code = executable.differentiable if recorded else executable.relevance
             assert code is not None
-            results = _relevance(partial(code, self.sizes), values, seeds, masks, mapped=mapped)
+            if mapped:
+                results = _mapped(partial(code, self.sizes), values, seeds, masks)
+            else:
+                values += [*seeds, *masks]
+                if self._once:
+                    self._give_up(seeds)
+                results = code.consume(self.sizes, values) if code.takes_list else code(self.sizes, *values)
         return list(zip(executable.program.results, results, strict=True))
+
+    def _give_up(self, seeds: list[Tensor]) -> None:
+        """Let go of what the forward pass left, so that memory is free again behind the last reader of each value."""
+        self._saved, self._references, self._leaves, self._reference_leaves = _Values(), _Values(), [], []
+        seeds.clear()
 
     def interpreted(self, seeds: dict[int, Tensor], sites: Sites) -> Results:
         """Relevance at sites by the reference interpreter; raises ReferenceModeError for any other reading."""
@@ -207,12 +219,8 @@ class Recording:
                 raise StaleTapeError(name=f"{what} {spec.target}")
 
 
-def _relevance(
-    code: Callable[..., Any], values: list[Tensor], seeds: list[Tensor], masks: list[Tensor], *, mapped: bool
-) -> Any:
-    """The results of a relevance graph; ``mapped`` seeds carry one more dimension in front, and so do results."""
-    if not mapped:
-        return code(*values, *seeds, *masks)
+def _mapped(code: Callable[..., Any], values: list[Tensor], seeds: list[Tensor], masks: list[Tensor]) -> Any:
+    """The results of a relevance graph for seeds with one more dimension in front, which results have as well."""
     in_dims = (*(None for _ in values), *(0 for _ in seeds), *(None for _ in masks))
     with _MAPPING, warnings.catch_warnings():
         # Ops without a batching rule (CPU flash attention) run once per target; the result is the same.

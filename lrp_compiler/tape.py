@@ -50,11 +50,14 @@ class Tape:
     losses, or retain the graph. Raises NoHistoryError where gradients were or are disabled, and NotDifferentiableError.
     """
 
-    def __init__(self, model: nn.Module, compiler: Compiler, call: ExplainedCall, request: Request) -> None:
+    def __init__(
+        self, model: nn.Module, compiler: Compiler, call: ExplainedCall, request: Request, once: bool = False
+    ) -> None:
         self._model = model
         self._compiler = compiler
         self._call = call
-        self._recording = Recording(compiler, call, request)
+        self._once = once
+        self._recording = Recording(compiler, call, request, once)
 
     @property
     def program(self) -> Program:
@@ -358,9 +361,12 @@ class Tape:
                 raise ReferenceModeError(cause=cause)
             return self._recording.interpreted(seeds, sites), seeds
         request = Request(tuple(seeds), sites, sinks, ledger, tuple(masks))
-        given = (list(seeds.values()), list(masks.values()))
-        several = isinstance(target, Several)
-        results = self._recording.answer(request, *given, mapped=several, create_graph=create_graph)
+        given = list(seeds.values())
+        if self._once:
+            # Else they would be held here while the relevance pass gives up what it has read.
+            seeds = {}
+        how = {"mapped": isinstance(target, Several), "create_graph": create_graph}
+        results = self._recording.answer(request, given, list(masks.values()), **how)
         if self._compiler.options.verify == "ledger" and not ledger:
             for one in target.targets if isinstance(target, Several) else [target]:
                 self.ledger(one, output=output).check()

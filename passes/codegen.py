@@ -27,14 +27,26 @@ from lrp_compiler.passes.sizes import Size, Sizes
 
 @dataclass(frozen=True)
 class Code:
-    """A compiled graph; ``sizes`` are the expressions that it takes in front of its other arguments."""
+    """A compiled graph; ``sizes`` are the expressions that it takes in front of its other arguments.
+
+    Where it ``takes_list``, ``function`` has one argument, the list of all others.
+    """
 
     function: Callable[..., tuple[Any, ...]]
     sizes: tuple[Any, ...]
 
+    takes_list: bool = False
+
     def __call__(self, sizes: Sizes, *values: Any) -> tuple[Any, ...]:
         """Run it for a call with these sizes."""
+        if self.takes_list:
+            return self.consume(sizes, list(values))
         return self.function(*sizes.of(self.sizes), *values)
+
+    def consume(self, sizes: Sizes, values: list[Any]) -> tuple[Any, ...]:
+        """Run it on a list that it empties, so that every value is given up behind its last reader."""
+        values[:0] = sizes.of(self.sizes)
+        return self.function(values)
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ def codegen(program: Program) -> Executable:
     return Executable(
         program=program,
         forward=_compiled(program.graph, "forward"),
-        relevance=None if relevance is None else _compiled(relevance, "relevance"),
+        relevance=None if relevance is None else _compiled(relevance, "relevance", takes_list=True),
         free=tuple(free_values(program)),
         saved=tuple(saved_values(program)),
         reference=tuple(reference_values(program)),
@@ -95,7 +107,7 @@ def _taking_sizes(graph: fx.Graph) -> tuple[Any, ...]:
     return tuple(arguments)
 
 
-def _compiled(graph: fx.Graph, name: str, *, differentiable: bool = False) -> Code:
+def _compiled(graph: fx.Graph, name: str, *, differentiable: bool = False, takes_list: bool = False) -> Code:
     graph = copy_graph(graph)
     write_plainly(graph) if differentiable else keep_derivatives(graph)
     for node in graph.nodes:
@@ -104,7 +116,22 @@ def _compiled(graph: fx.Graph, name: str, *, differentiable: bool = False) -> Co
         elif isinstance(node.target, ConditionalRelevance):
             node.target = _relevance_taken(node.target.branches, differentiable)
     sizes = _taking_sizes(graph)
-    return Code(fx.GraphModule(torch.nn.Module(), graph, class_name=name).forward, sizes)
+    if takes_list:
+        _take_list(graph)
+    return Code(fx.GraphModule(torch.nn.Module(), graph, class_name=name).forward, sizes, takes_list)
+
+
+def _take_list(graph: fx.Graph) -> None:
+    """Have the graph take its arguments as one list and empty it: nobody else then holds on to a value."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_before(next(iter(graph.nodes))):
+        values = graph.placeholder("values")
+    last = values
+    for node in reversed(inputs):
+        with graph.inserting_after(last):
+            last = graph.call_method("pop", (values,))
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
 
 
 def _forward_taken(branches: tuple[Program, ...]) -> Callable[..., tuple[Any, ...]]:

@@ -388,6 +388,12 @@ class NoHistoryError(LRPError):
     hint = "Run the model and ask with gradients enabled, outside of torch.no_grad() and torch.inference_mode()."
 
 
+class RecomputeError(LRPError):
+    id = "LRP047"
+    template = "recompute={name!r}: no module of this call has such a path"
+    hint = "Modules: {known}."
+
+
 def user_source(node: fx.Node) -> str | None:
     """The innermost line of the user's program that made ``node``, as ``file:line code``."""
     return user_source_of_trace(node.meta.get("stack_trace") or "")

@@ -48,12 +48,18 @@ class Footprint:
     at: str
 
 
-def footprint(graph: fx.Graph) -> Footprint:
-    """Follow the allocations of the code made of ``graph``, which gives a value up behind its last reader."""
+def footprint(graph: fx.Graph, owned: frozenset[fx.Node] = frozenset()) -> Footprint:
+    """Follow the allocations of the code made of ``graph``, which gives a value up behind its last reader.
+
+    Inputs in ``owned`` are there from the start and given up likewise.
+    """
     roots = roots_of(graph)
     last = last_reads(graph, roots)
     ending: dict[int, int] = {}
     alive, peak, at = 0, 0, ""
+    for node in owned:
+        alive += bytes_of(value_of(node))
+        ending[last[node]] = ending.get(last[node], 0) + bytes_of(value_of(node))
     for place, node in enumerate(graph.nodes):
         for size, end in _allocations(node, last) if roots[node] is node else ():
             alive += size

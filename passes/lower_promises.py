@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from lrp_compiler.kernels.randomness import generator_state
-from lrp_compiler.passes.deferral import REPLAY, demanded_by, drop_dead_nodes, either, fixed_nodes
+from lrp_compiler.passes.budget import MemoryGoal, values_to_keep
+from lrp_compiler.passes.deferral import REPLAY, drop_dead_nodes, either
 from lrp_compiler.passes.emitter import promise, reference_promise
 from lrp_compiler.passes.optable import schema_name
-from lrp_compiler.passes.prices import Prices, Pricing
 from lrp_compiler.passes.program import (
     FACTS,
     Buffer,
@@ -26,12 +26,11 @@ from lrp_compiler.passes.program import (
     value_of,
 )
 from lrp_compiler.passes.promise_branches import promise_branches
-from lrp_compiler.passes.retain import retained
 from lrp_compiler.passes.sizes import hints
 from lrp_compiler.passes.storage import base_of, bytes_of, shown
 
 
-def lower_promises(program: Program, prices: Prices | None = None) -> Program:
+def lower_promises(program: Program, goal: MemoryGoal | None = None) -> Program:
     """Replace promise nodes by the value they stand for, kept by the forward pass, or computed again from what is.
 
     A relevance op that depends on no seed may move to the forward pass, where what it makes is smaller than what it
@@ -40,19 +39,17 @@ def lower_promises(program: Program, prices: Prices | None = None) -> Program:
     """
     program = program.fork()
     promise_branches(program)
-    return _Lowering(program, prices or Prices()).run()
+    return _Lowering(program, goal or MemoryGoal()).run()
 
 
 class _Lowering:
-    def __init__(self, program: Program, prices: Prices) -> None:
+    def __init__(self, program: Program, goal: MemoryGoal) -> None:
         self.program = program
         self.graph = program.graph
         self.nodes = program.nodes_by_name()
         self.last_input = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
-        self.fixed = fixed_nodes(self.graph)
         self.promised = {first_argument(node) for node in self.graph.nodes if node.target is promise}
-        demanded = [value for node in self.readers() for value in demanded_by(node, self.fixed)]
-        self.kept = retained(demanded, Pricing(prices))
+        self.kept = values_to_keep(program, goal)
         self.moved: dict[fx.Node, fx.Node] = {}
         self.again: dict[fx.Node, fx.Node] = {}
         self.views: set[fx.Node] = set()
@@ -203,6 +200,9 @@ class _Lowering:
         value: Any = value_of(node)
         read = tuple(sorted(set(readers)))
         size = 0 if kind in ("free", "view") else bytes_of(value)
+        holder = f"reference_{node.name}" if kind == "reference" else self.again.get(node, node).name
         if not isinstance(value, torch.Tensor):
-            return Buffer(node.name, kind, size, type(value).__name__.removeprefix("Sym").lower(), (), read)
-        return Buffer(node.name, kind, size, str(value.dtype).removeprefix("torch."), hints(value.shape), read)
+            dtype = type(value).__name__.removeprefix("Sym").lower()
+            return Buffer(node.name, kind, size, dtype, (), read, holder)
+        dtype = str(value.dtype).removeprefix("torch.")
+        return Buffer(node.name, kind, size, dtype, hints(value.shape), read, holder)

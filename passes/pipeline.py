@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.passes.analyse import analyse
 from lrp_compiler.passes.assign_rules import assign_rules
 from lrp_compiler.passes.branches import with_programs_inside, within
+from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.canonicalise import attends_with_learned_mask, canonicalise
 from lrp_compiler.passes.capture import capture
 from lrp_compiler.passes.cast_explicitly import cast_explicitly, current_autocast, is_trained, without_autocast
@@ -27,6 +28,7 @@ from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.lower_promises import lower_promises
 from lrp_compiler.passes.partition import forward_only, partition
 from lrp_compiler.passes.pin import pin
+from lrp_compiler.passes.plan_memory import plan_memory
 from lrp_compiler.passes.printer import print_program
 from lrp_compiler.passes.program import InputKind, Program, Request
 from lrp_compiler.passes.recognise import recognise
@@ -44,7 +46,7 @@ CAPTURE: tuple[Pass, ...] = (capture, clean, cast_explicitly, pin, decompose, fu
 EXPLAIN: tuple[Pass, ...] = (analyse, assign_rules)
 """... -> each op's rule; depends on the attributed inputs and the composite."""
 
-EMIT: tuple[Pass, ...] = (insert_relevance, simplify, compress, lower_promises, partition, share_memory)
+EMIT: tuple[Pass, ...] = (insert_relevance, simplify, compress, lower_promises, partition, share_memory, plan_memory)
 """... -> forward and relevance graph; depends on what was asked for. Then codegen."""
 
 PIPELINE: tuple[Pass, ...] = (*CAPTURE, *EXPLAIN, *EMIT)
@@ -157,11 +159,13 @@ def explain(
     return run(assign_rules, history, choose(history[-1].program), partial)
 
 
-def emit(explained: tuple[Stage, ...], request: Request) -> tuple[tuple[Stage, ...], Executable]:
-    """The stages of EMIT for one request, and the code."""
+def emit(
+    explained: tuple[Stage, ...], request: Request, goal: MemoryGoal | None = None
+) -> tuple[tuple[Stage, ...], Executable]:
+    """The stages of EMIT for one request under a memory goal, and the code."""
     history = run(insert_relevance, explained, request)
     for one in EMIT[1:]:
-        history = run(one, history)
+        history = run(one, history, *((goal,) if one is lower_promises else ()))
     return history, generate(history[-1].program)
 
 

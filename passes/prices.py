@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from lrp_compiler.kernels.bits import pack_bits, pack_positive, pack_sign
 from lrp_compiler.kernels.pooling import window_offsets
 from lrp_compiler.kernels.randomness import generator_state
+from lrp_compiler.passes.deferral import REPLAY
 from lrp_compiler.passes.optable import OpClass, classify, op_name
 from lrp_compiler.passes.program import facts, value_of
 from lrp_compiler.passes.sizes import at_hints, hints
@@ -63,15 +64,17 @@ class Pricing:
         return int(self.prices.kept_byte * bytes_of(value) + extra)
 
     def recompute(self, node: fx.Node) -> int | None:
-        """The price of computing a value again from its operands; None where that is not possible or never pays."""
+        """The price of computing a value again from its operands; None where that gives another value."""
         if facts(node).part != "forward" or node.target is operator.getitem or shown(node) is not None:
             # Relevance ops run once on whichever side they are.
             return 0
         if not is_repeatable(node):
             return None
-        price = int(self.prices.call + _moved(node) + self.prices.flop * self.flops(node))
-        outputs = value_of(node) if isinstance(value_of(node), (tuple, list)) else [value_of(node)]
-        return None if self.prices.kept_byte * bytes_of(outputs) <= price else price
+        return int(self.prices.call + _moved(node) + self.prices.flop * self.flops(node))
+
+    def never_pays(self, node: fx.Node, recompute: int) -> bool:
+        """Whether keeping all that an op makes is no dearer than running it again, its operands left aside."""
+        return 0 < recompute >= self.prices.kept_byte * bytes_of(value_of(node))
 
     def flops(self, node: fx.Node) -> int:
         """The floating-point operations of a product, a convolution or attention; 0 where traffic says it all."""
@@ -112,7 +115,9 @@ def _moved(node: fx.Node) -> int:
 
 
 def is_repeatable(node: fx.Node) -> bool:
-    """Whether an op gives the same value when run again: torch's own ops that draw no random numbers."""
+    """Whether an op gives the same value when run again: torch's own, and draws from a generator of known state."""
+    if REPLAY in node.meta or node.target is operator.getitem:
+        return True
     if node.target is generator_state or not isinstance(node.target, torch._ops.OpOverload):
         return False
     is_random = torch.Tag.nondeterministic_seeded in node.target.tags and not _draws_nothing(node)

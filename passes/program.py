@@ -185,7 +185,9 @@ class Buffer:
     (less than the value, made of it in the forward pass), ``recomputed`` in the relevance pass, or ``saved``.
 
     ``bytes`` and ``shape`` are those of the captured call where sizes differ from call to call.
-    A ``reference`` buffer holds the value that the node has in the reference run.
+    A ``reference`` buffer holds the value that the node has in the reference run. ``holder`` names the node of the
+    relevance graph. ``plan_memory`` adds the rest: ``producer``, lifetime in ops (of the forward pass, then of
+    relevance), and ``slot``, the same number for buffers that take the same memory one after the other.
     """
 
     name: str
@@ -194,6 +196,29 @@ class Buffer:
     dtype: str
     shape: tuple[int, ...]
     readers: tuple[str, ...]
+    holder: str = ""
+    producer: str = ""
+    first_write: int = 0
+    last_read: int = 0
+    slot: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes above parameters and inputs, in the captured call: what running forward and relevance will take.
+
+    ``forward_peak`` and ``relevance_peak`` are the most that either half holds at once, the latter with what the
+    forward pass left; ``left`` is what a tape holds on to. Working memory inside an op is not counted.
+    """
+
+    forward_peak: int
+    relevance_peak: int
+    left: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is alive at any time."""
+        return max(self.forward_peak, self.relevance_peak)
 
 
 @dataclass(frozen=True)
@@ -227,6 +252,7 @@ class Program:
     results: tuple[Result, ...] = ()
     seeds: tuple[int, ...] = ()
     buffers: tuple[Buffer, ...] = ()
+    memory: MemoryPlan | None = None
     relevance_graph: fx.Graph | None = None
     traces: dict[object, fx.GraphModule] = field(default_factory=dict, compare=False, repr=False)
 

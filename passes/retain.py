@@ -2,44 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import fx
 
-from lrp_compiler.passes.deferral import REPLAY, either
+from lrp_compiler.passes.deferral import REPLAY, demanded_by, either, fixed_nodes
 from lrp_compiler.passes.emitter import promise
 from lrp_compiler.passes.min_cut import Choice, cheapest
-from lrp_compiler.passes.prices import Pricing
-from lrp_compiler.passes.program import first_argument
+from lrp_compiler.passes.prices import Pricing, is_repeatable
+from lrp_compiler.passes.program import facts, first_argument, value_of
+from lrp_compiler.passes.storage import bytes_of
+
+NOTHING: frozenset[fx.Node] = frozenset()
 
 
-def operands_of(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The values that ``node`` is computed from when it is computed for relevance."""
-    if node.target is either:
-        # At no price: where the small form is made on this side, the value itself is read.
-        return (node.args[1],)  # type: ignore[return-value]
-    if REPLAY in node.meta:
-        state = node.meta[REPLAY][1]
-        return tuple(found for found in node.graph.nodes if found.name == state)
-    return tuple(node.all_input_nodes)
+@dataclass(frozen=True)
+class Demands:
+    """What relevance reads that no seed changes: (place among the relevance ops, value), in order.
+
+    ``states`` are the nodes that hold states of random number generators, by name.
+    """
+
+    readings: tuple[tuple[int, fx.Node], ...]
+    states: Mapping[str, fx.Node]
+
+    @property
+    def values(self) -> list[fx.Node]:
+        """The values read, each once."""
+        return list(dict.fromkeys(value for _, value in self.readings))
+
+    def operands(self, node: fx.Node) -> list[fx.Node]:
+        """The values that ``node`` is computed from when it is computed for relevance, inputs left out."""
+        if node.target is either:
+            # At no price: where the small form is made on this side, the value itself is read.
+            read = [node.args[1]]
+        elif REPLAY in node.meta:
+            read = [self.states[node.meta[REPLAY][1]]]
+        else:
+            read = list(node.all_input_nodes)
+        values = map(_without_promise, read)  # type: ignore[arg-type]
+        return [value for value in values if value.op != "placeholder"]
 
 
-def retained(demanded: Iterable[fx.Node], pricing: Pricing, forced: frozenset[fx.Node] = frozenset()) -> set[fx.Node]:
-    """The values to keep so that all ``demanded`` ones are at hand, at the lowest price; ``forced`` ones are kept."""
-    demanded = list(dict.fromkeys(map(_without_promise, demanded)))
+def demands_of(graph: fx.Graph) -> Demands:
+    """What the relevance ops of a joint graph read."""
+    fixed = fixed_nodes(graph)
+    readings = []
+    for place, node in enumerate(graph.nodes):
+        if node.op == "output" or facts(node).part == "relevance":
+            values = map(_without_promise, demanded_by(node, fixed))
+            readings += [(place, value) for value in values if value.op != "placeholder"]
+    drawn = {node.meta[REPLAY][1] for node in graph.nodes if REPLAY in node.meta}
+    return Demands(tuple(readings), {node.name: node for node in graph.nodes if node.name in drawn})
+
+
+def retained(
+    demands: Demands,
+    pricing: Pricing,
+    forced: frozenset[fx.Node] = NOTHING,
+    barred: frozenset[fx.Node] = NOTHING,
+) -> set[fx.Node]:
+    """The values to keep so that all demanded ones are at hand, at the lowest price.
+
+    Where they are needed at all, ``forced`` ones are kept, and ``barred`` ones are not unless nothing can repeat them.
+    """
     choices: dict[fx.Node, Choice] = {}
-    waiting = list(demanded)
+    waiting = list(demands.values)
     while waiting:
         node = waiting.pop()
-        if node in choices or node.op == "placeholder":
+        if node in choices:
             continue
-        recompute = None if node in forced else pricing.recompute(node)
-        keep = pricing.keep(node)
-        operands = () if recompute is None and keep is not None else map(_without_promise, operands_of(node))
-        read = tuple(operand for operand in operands if operand.op != "placeholder")
+        keep, recompute = pricing.keep(node), pricing.recompute(node)
+        if node in barred and is_repeatable(node):
+            keep = None
+        elif node in forced or (recompute is not None and pricing.never_pays(node, recompute)):
+            recompute = None
+        read = () if recompute is None and keep is not None else tuple(demands.operands(node))
         choices[node] = Choice(keep, recompute, read)
         waiting += read
-    return cheapest(choices, (node for node in demanded if node in choices))
+    return cheapest(choices, demands.values)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What keeping a set of values comes to: the bytes alive at once in the relevance pass, the price of the rest."""
+
+    peak: int
+    price: int
+
+
+def estimate(demands: Demands, pricing: Pricing, kept: set[fx.Node]) -> Estimate:
+    """Follow kept values to their last reader, and computed ones from their first one to their last."""
+    first: dict[fx.Node, int] = {}
+    last: dict[fx.Node, int] = {}
+    price = 0
+    for place, demanded in demands.readings:
+        waiting = [demanded]
+        while waiting:
+            node = waiting.pop()
+            last[node] = place
+            if node in first or node in kept:
+                continue
+            first[node] = place
+            price += (pricing.recompute(node) or 0) if facts(node).part == "forward" else 0
+            waiting += demands.operands(node)
+    changes: dict[int, int] = {}
+    for node, end in last.items():
+        if (facts(node).part == "forward" and pricing.keep(node) is not None) or node in kept:
+            size = bytes_of(value_of(node))
+            start = 0 if node in kept else first[node]
+            changes[start] = changes.get(start, 0) + size
+            changes[end + 1] = changes.get(end + 1, 0) - size
+    alive, peak = 0, 0
+    for place in sorted(changes):
+        alive += changes[place]
+        peak = max(peak, alive)
+    return Estimate(peak, price)
 
 
 def _without_promise(node: fx.Node) -> fx.Node:

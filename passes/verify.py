@@ -200,6 +200,7 @@ LEGAL: dict[str, tuple[Check, ...]] = {
     "lower_promises": (*FUNCTIONAL, no_promises),
     "partition": (*FUNCTIONAL, is_partitioned),
     "share_memory": (*FUNCTIONAL, is_partitioned, writes_to_its_own),
+    "plan_memory": (*FUNCTIONAL, is_partitioned, writes_to_its_own),
 }
 """Pass name -> what must hold after it."""
 

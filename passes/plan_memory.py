@@ -1,0 +1,70 @@
+"""plan_memory: when every deferred buffer is written and last read, which share memory, and what the peak will be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from lrp_compiler.passes.lifetimes import footprint, last_reads, roots_of
+from lrp_compiler.passes.optable import schema_name
+from lrp_compiler.passes.program import Buffer, MemoryPlan, Program, facts, module_path, value_of
+from lrp_compiler.passes.storage import bytes_of
+
+
+def plan_memory(program: Program) -> Program:
+    """Complete the table of buffers by producers, lifetimes and shared memory, and predict the peak.
+
+    Time is counted in ops: those of the forward graph, then those of the relevance graph. Values of the forward pass
+    are taken to be given up behind their last reader, as ``attribute`` does; a tape keeps them.
+    """
+    relevance = program.relevance_graph
+    if relevance is None:
+        return program
+    forward = footprint(program.graph)
+    left = forward.left
+    seeds = sum(bytes_of(value_of(node)) for node in relevance.nodes if facts(node).part == "seed")
+    inputs = {spec.node for spec in program.inputs}
+    held = frozenset(node for node in relevance.nodes if node.op == "placeholder" and node.name not in inputs)
+    peaks = [left + seeds, footprint(relevance, held).peak]
+    if any(buffer.kind == "reference" for buffer in program.buffers):
+        # The second run, on the baselines, finds what the first one kept.
+        peaks.append(left + forward.peak)
+    memory = MemoryPlan(forward.peak, max(peaks), left)
+    return program.having(buffers=_with_slots(_with_lifetimes(program, relevance)), memory=memory)
+
+
+def _with_lifetimes(program: Program, relevance: fx.Graph) -> list[Buffer]:
+    """The buffers with producer, first write and last read."""
+    steps = len(program.graph.nodes)
+    forward = {node.name: (place, node) for place, node in enumerate(program.graph.nodes)}
+    later = {node.name: (place + steps, node) for place, node in enumerate(relevance.nodes)}
+    roots = roots_of(relevance)
+    last = last_reads(relevance, roots)
+    found = []
+    for buffer in program.buffers:
+        place, node = later[buffer.holder]
+        end = steps + last[roots[node]]
+        if node.op == "placeholder":
+            place, node = forward[buffer.name]
+        path = module_path(node)
+        producer = node.op if node.op == "placeholder" else schema_name(node.target) + (f" in {path}" if path else "")
+        found.append(replace(buffer, producer=producer, first_write=place, last_read=end))
+    return found
+
+
+def _with_slots(buffers: list[Buffer]) -> tuple[Buffer, ...]:
+    """Number the memories: a buffer takes the smallest one it fits in whose last reader has run when it is written."""
+    slots: list[tuple[int, int]] = []
+    numbers: dict[str, int] = {}
+    for buffer in sorted(buffers, key=lambda one: (one.first_write, one.name)):
+        if buffer.bytes == 0:
+            continue
+        free = [(size, number) for number, (size, end) in enumerate(slots) if end < buffer.first_write]
+        fitting = [found for found in free if found[0] >= buffer.bytes]
+        # Where none is large enough, the largest one that is free grows.
+        number = min(fitting)[1] if fitting else max(free)[1] if free else len(slots)
+        size = max(buffer.bytes, slots[number][0]) if number < len(slots) else buffer.bytes
+        slots[number : number + 1] = [(size, buffer.last_read)]
+        numbers[buffer.holder] = number
+    return tuple(replace(buffer, slot=numbers.get(buffer.holder)) for buffer in buffers)
