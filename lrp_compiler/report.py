@@ -13,6 +13,7 @@ from lrp_compiler.coverage import (
     Coverage,
     NodeRow,
     OpRow,
+    aligned,
     indented,
     measure_coverage,
     op_table,
@@ -28,8 +29,16 @@ from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.demand import demands
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.pipeline import Stage
-from lrp_compiler.passes.program import Buffer, BufferKind, facts
+from lrp_compiler.passes.program import Buffer, MemoryPlan, facts
 from lrp_compiler.sites import site_table
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What became of promises of one kind: how many buffers, and their bytes."""
+
+    count: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -37,9 +46,11 @@ class Report:
     """Coverage, rules, promises, buffers and timings of one kind of call; ``str()`` is a readable page.
 
     ``coverage`` holds what becomes of every op and node; ``rules`` counts ops per (op, rule), ``patterns`` recognised
-    groups of ops per kind; ``promises`` the forward values that relevance reads; ``buffers`` where each is kept;
-    ``demanded`` the values beyond those that autograd keeps which propagating relevance itself would ask for
-    (``passes/demand.py``), ``still_demanded`` those of them that propagating coefficients reads as well;
+    groups of ops per kind; ``promises`` the forward values that relevance reads; ``buffers`` where each is kept, and
+    ``memory`` what that and the rest of a call takes; ``demanded`` counts the values beyond those that autograd keeps
+    which propagating relevance itself would ask for (``passes/demand.py``), ``still_demanded`` those of them that
+    propagating coefficients reads as well; ``delta`` and ``rho`` are the paper's measures of the former: the sum of the
+    distances to the nodes that can give the values, and their number per op of the graph;
     ``specialised`` the inputs whose values the code holds, so that others compile anew; ``compilations`` every tracing
     of the model so far, in which form and why; ``sites`` every name that ``at=`` takes; ``conserves`` whether the
     composite claims that inputs and named sinks make up the output, ``conservation`` what was measured.
@@ -58,8 +69,11 @@ class Report:
     stopped: dict[str, int]
     patterns: dict[str, int]
     buffers: tuple[Buffer, ...]
+    memory: MemoryPlan
     demanded: int
     still_demanded: int
+    delta: int
+    rho: float
     specialised: tuple[str, ...]
     compilations: tuple[Compilation, ...]
     coverage: Coverage
@@ -97,9 +111,32 @@ class Report:
         return len(self.buffers)
 
     @property
+    def vanished(self) -> int:
+        """How many of the values that relevance itself would ask for coefficients do without."""
+        return self.demanded - self.still_demanded
+
+    @property
+    def lowered(self) -> dict[str, Lowered]:
+        """Per kind of buffer, how many there are and the bytes they take."""
+        found: dict[str, Lowered] = {}
+        for buffer in self.buffers:
+            known = found.get(buffer.kind, Lowered(0, 0))
+            found[buffer.kind] = Lowered(known.count + 1, known.bytes + buffer.bytes)
+        return found
+
+    @property
     def saved_bytes(self) -> int:
         """Bytes of forward values kept for relevance alone."""
-        return sum(buffer.bytes for buffer in self.buffers)
+        return sum(buffer.bytes for buffer in self.buffers if buffer.kind != "recomputed")
+
+    def buffer_table(self) -> str:
+        """One line per buffer that takes memory: kind, bytes, producer, readers, lifetime in ops, shared memory."""
+        rows = [("buffer", "kind", "bytes", "dtype", "made by", "read for", "ops", "slot")]
+        for one in sorted((one for one in self.buffers if one.bytes), key=lambda one: one.first_write):
+            lifetime, slot = f"{one.first_write}-{one.last_read}", "" if one.slot is None else str(one.slot)
+            read = ", ".join(one.readers)
+            rows.append((one.name, one.kind, f"{one.bytes:,}", one.dtype, one.producer, read, lifetime, slot))
+        return aligned(rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -108,7 +145,6 @@ class Report:
         return data
 
     def __str__(self) -> str:
-        kinds = Counter(buffer.kind for buffer in self.buffers)
         inputs = ", ".join(
             name if nodes == (name,) else f"{name} (at {', '.join(nodes)})" for name, nodes in self.inputs.items()
         )
@@ -117,8 +153,11 @@ class Report:
             f"  inputs    {inputs}",
             f"  output    {self.explained_output} (of {', '.join(self.outputs)})",
             f"  ops       {self.forward_ops} forward, {self.coverage.fractions()}; {self.relevance_ops} relevance ops",
-            f"  promises  {self.promises}: {kinds['saved']} saved ({self.saved_bytes:,} B), {kinds['view']} views,"
-            f" {kinds['free']} free{_of_reference(kinds)}; {len(self.conversions)} edge conversions",
+            f"  promises  {self.promises}: {self._lowered()}; {len(self.conversions)} edge conversions",
+            f"  vanished  {self.vanished} of {self.demanded} that relevance itself would make"
+            f" (delta {self.delta}, rho {self.rho:.3f})",
+            f"  memory    {self.memory.peak:,} B at most, above parameters and inputs;"
+            f" a tape keeps {self.memory.left:,} B",
             f"  passes    {timings(self.milliseconds)}",
             "  rules",
             indented(op_table(self.ops)),
@@ -134,6 +173,14 @@ class Report:
             lines.append("  patterns  " + ", ".join(f"{kind} x {count}" for kind, count in self.patterns.items()))
         return "\n".join(lines)
 
+    def _lowered(self) -> str:
+        """The kinds of buffers, those with memory of their own first."""
+        kinds = ("saved", "compressed", "recomputed", "reference", "view", "free")
+        lowered = self.lowered
+        words = {"reference": "of the reference run", "view": "views"}
+        found = ((words.get(kind, kind), lowered[kind]) for kind in kinds if kind in lowered)
+        return ", ".join(f"{one.count} {word}" + (f" ({one.bytes:,} B)" if one.bytes else "") for word, one in found)
+
     def _conservation(self) -> str:
         claim = "yes: inputs and named sinks make up the output" if self.conserves else "not claimed by this composite"
         measured = self.conservation
@@ -142,11 +189,6 @@ class Report:
         sinks = ", ".join(f"{kind} {value:.4g}" for kind, value in measured.sinks.items()) or "none"
         inputs = f"output {measured.seed:.4g}, inputs {measured.inputs:.4g}"
         return f"{claim}; {inputs}, sinks {sinks}, missing {measured.gap:.2g}"
-
-
-def _of_reference(kinds: Counter[BufferKind]) -> str:
-    """How many values are of the reference run, if there is one."""
-    return f", {kinds['reference']} of the reference run" if kinds["reference"] else ""
 
 
 @dataclass(frozen=True)
@@ -186,7 +228,9 @@ def make_report(
     (chosen,) = executable.program.seeds
     composite = program.composite
     assert composite is not None
-    demanded = [(demand.op, demand.value) for one in with_programs_inside(program) for demand in demands(one)]
+    demanded = [demand for one in with_programs_inside(program) for demand in demands(one)]
+    forward_ops = sum(node.op == "call_function" for node in forward_nodes_everywhere(program))
+    assert executable.program.memory is not None
     read = {(reader, buffer.name) for buffer in executable.program.buffers for reader in buffer.readers}
     return Report(
         model=model,
@@ -195,15 +239,18 @@ def make_report(
         inputs=dict(program.sources),
         outputs=tuple(names),
         explained_output=next(name for name, index in names.items() if index == chosen),
-        forward_ops=sum(node.op == "call_function" for node in forward_nodes_everywhere(program)),
+        forward_ops=forward_ops,
         live_ops=len(live),
         relevance_ops=sum(node.op == "call_function" for node in relevance_nodes_everywhere(executable.program)),
         rules=dict(sorted(Counter((op_name(node), str(facts(node).rule)) for node in flowing).items())),
         stopped=dict(Counter(op_name(node) for node in live if facts(node).rule is not None and not facts(node).flows)),
         patterns=dict(Counter([*patterns, *structures])),
         buffers=executable.program.buffers,
+        memory=executable.program.memory,
         demanded=len(demanded),
-        still_demanded=sum(pair in read for pair in demanded),
+        still_demanded=sum((demand.op, demand.value) in read for demand in demanded),
+        delta=sum(demand.steps for demand in demanded),
+        rho=len(demanded) / max(1, forward_ops),
         specialised=tuple(spec.target for spec in program.inputs if spec.node in {pin.input for pin in program.pins}),
         compilations=compilations,
         coverage=measure_coverage(model, stages, codegen=executable.milliseconds),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
+from types import FunctionType
 
 from torch import fx
 
 from lrp_compiler.passes.lifetimes import footprint, last_reads, roots_of
 from lrp_compiler.passes.optable import schema_name
-from lrp_compiler.passes.program import Buffer, MemoryPlan, Program, facts, module_path, value_of
+from lrp_compiler.passes.program import Buffer, MemoryPlan, Program, facts, first_argument, module_path, value_of
 from lrp_compiler.passes.storage import bytes_of
 
 
@@ -47,10 +49,18 @@ def _with_lifetimes(program: Program, relevance: fx.Graph) -> list[Buffer]:
         end = steps + last[roots[node]]
         if node.op == "placeholder":
             place, node = forward[buffer.name]
-        path = module_path(node)
-        producer = node.op if node.op == "placeholder" else schema_name(node.target) + (f" in {path}" if path else "")
-        found.append(replace(buffer, producer=producer, first_write=place, last_read=end))
+        found.append(replace(buffer, producer=_producer(node), first_write=place, last_read=end))
     return found
+
+
+def _producer(node: fx.Node) -> str:
+    """The op that makes a value, and its module."""
+    while node.target is operator.getitem:
+        node = first_argument(node)
+    if node.op == "placeholder":
+        return "an input"
+    name = getattr(node.target, "__name__", "") if isinstance(node.target, FunctionType) else schema_name(node.target)
+    return f"{name} in {path}" if (path := module_path(node)) else name
 
 
 def _with_slots(buffers: list[Buffer]) -> tuple[Buffer, ...]:

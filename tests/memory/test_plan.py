@@ -1,0 +1,199 @@
+"""The plan of buffers: predicted peaks against what the allocator hands out, budgets, lifetimes, and no leaks."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lrp_compiler import compile_for_lrp
+from lrp_compiler.errors import OptionValueError, RecomputeError
+from lrp_compiler.memory import allocated_peak
+
+BUDGETS = (1.0, 0.5, 0.2, 0.0)
+
+
+class Logits(nn.Module):
+    """A Hugging Face model as tensor -> logits."""
+
+    def __init__(self, model: nn.Module, argument: str, **options: Any) -> None:
+        super().__init__()
+        self.model, self.argument, self.options = model, argument, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(**{self.argument: x}, **self.options).logits
+        return logits
+
+
+def vit() -> tuple[nn.Module, Tensor]:
+    config = transformers.ViTConfig(
+        hidden_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        intermediate_size=768,
+        image_size=128,
+        num_labels=10,
+    )
+    return Logits(transformers.ViTForImageClassification(config), "pixel_values"), torch.randn(2, 3, 128, 128)
+
+
+def gpt2() -> tuple[nn.Module, Tensor]:
+    config = transformers.GPT2Config(
+        n_embd=192, n_layer=6, n_head=3, vocab_size=500, bos_token_id=1, eos_token_id=2, n_positions=128
+    )
+    return Logits(transformers.GPT2LMHeadModel(config), "inputs_embeds", use_cache=False), torch.randn(2, 128, 192)
+
+
+def llama() -> tuple[nn.Module, Tensor]:
+    config = transformers.LlamaConfig(
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=512,
+        vocab_size=500,
+    )
+    return Logits(transformers.LlamaForCausalLM(config), "inputs_embeds", use_cache=False), torch.randn(1, 256, 192)
+
+
+def resnet() -> tuple[nn.Module, Tensor]:
+    config = transformers.ResNetConfig(
+        embedding_size=32, hidden_sizes=[64, 128], depths=[2, 2], layer_type="basic", num_labels=10
+    )
+    return Logits(transformers.ResNetForImageClassification(config), "pixel_values"), torch.randn(2, 3, 128, 128)
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {"vit": vit, "gpt2": gpt2, "llama": llama, "resnet": resnet}
+
+
+def target_of(name: str) -> Any:
+    return (-1, 3) if name in ("gpt2", "llama") else 3
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = MODELS[name]()
+    return model.eval(), x
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(name: str, budget: float) -> None:
+    model, x = build(name)
+    explained = compile_for_lrp(model, "attnlrp", memory_budget=budget)
+    explained.attribute(x, target_of(name))
+    measured = allocated_peak(lambda: explained.attribute(x, target_of(name)))
+    assert explained.report(x).memory.peak == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("composite", ["attnlrp", "epsilon_plus", "deep_lift"])
+@pytest.mark.parametrize("name", MODELS)
+def test_budgets_change_memory_and_not_relevance(name: str, composite: str) -> None:
+    model, x = build(name)
+    plans, found = [], []
+    for budget in BUDGETS:
+        explained = compile_for_lrp(model, composite, memory_budget=budget)
+        found.append(explained.attribute(x, target_of(name)))
+        plans.append(explained.report(x))
+    assert all(torch.equal(one, found[0]) for one in found[1:])
+    kept = [plan.saved_bytes for plan in plans]
+    assert kept == sorted(kept, reverse=True)
+    if composite == "attnlrp" and name != "resnet":
+        assert plans[2].memory.peak < 0.6 * plans[0].memory.peak
+        assert (
+            plans[2].lowered["recomputed"].count
+            > plans[0].lowered.get("recomputed", replace(plans[2].lowered["recomputed"], count=0)).count
+        )
+
+
+def encoder(depth: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
+    stack = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+    return nn.Sequential(stack, nn.Flatten(), nn.Linear(64 * 128, 3)).eval(), torch.randn(1, 128, 64)
+
+
+def test_least_memory_grows_as_the_square_root_of_the_depth() -> None:
+    peaks: dict[float, list[int]] = {1.0: [], 0.0: []}
+    for budget, found in peaks.items():
+        for depth in (8, 32):
+            model, x = encoder(depth)
+            explained = compile_for_lrp(model, "attnlrp", memory_budget=budget)
+            explained.attribute(x, 1)
+            found.append(allocated_peak(lambda explained=explained, x=x: explained.attribute(x, 1)))  # type: ignore[misc]
+    assert math.log(peaks[1.0][1] / peaks[1.0][0], 4) > 0.85
+    assert math.log(peaks[0.0][1] / peaks[0.0][0], 4) < 0.6
+
+
+def test_chosen_modules_keep_nothing_inside() -> None:
+    model, x = encoder(4)
+    explained = compile_for_lrp(model, "attnlrp", recompute=["0.layers.*"])
+    expected = compile_for_lrp(model, "attnlrp")
+    assert torch.equal(explained.attribute(x, 1), expected.attribute(x, 1))
+    report = explained.report(x)
+    inside = [one for one in report.buffers if one.kind in ("saved", "compressed") and "in 0.layers." in one.producer]
+    # What a layer hands on: the sum that ends it.
+    assert len(inside) == 4 and all(one.producer.startswith("aten::add ") for one in inside)
+    assert report.saved_bytes < expected.report(x).saved_bytes / 4
+
+
+def test_bad_memory_settings_are_refused() -> None:
+    model, x = encoder(1)
+    for budget in (-0.1, 1.5, "half", True):
+        with pytest.raises(OptionValueError, match="memory_budget"):
+            compile_for_lrp(model, "attnlrp", memory_budget=budget)
+    with pytest.raises(OptionValueError, match="recompute"):
+        compile_for_lrp(model, "attnlrp", recompute=[3])
+    with pytest.raises(RecomputeError, match=r"encoder\.\*"):
+        compile_for_lrp(model, "attnlrp", recompute=["encoder.*"]).attribute(x, 1)
+
+
+def test_buffers_say_who_makes_and_reads_them_and_when() -> None:
+    model, x = build("vit")
+    report = compile_for_lrp(model, "attnlrp", memory_budget=0.2).report(x)
+    with_memory = [one for one in report.buffers if one.bytes]
+    assert with_memory and all(one.producer and one.first_write < one.last_read for one in with_memory)
+    assert all(one.slot is not None for one in with_memory)
+    by_slot: dict[int | None, list[tuple[int, int]]] = {}
+    for one in with_memory:
+        by_slot.setdefault(one.slot, []).append((one.first_write, one.last_read))
+    for lifetimes in by_slot.values():
+        lifetimes.sort()
+        assert all(before[1] < after[0] for before, after in itertools.pairwise(lifetimes))
+    assert any(len(lifetimes) > 1 for lifetimes in by_slot.values())
+    assert all(one.name in report.buffer_table() for one in with_memory)
+
+
+def test_nothing_leaks_in_a_thousand_calls() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 4))
+    explained = compile_for_lrp(model, "epsilon_plus")
+    x = torch.randn(64, 16)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(one, Tensor) for one in gc.get_objects())
+
+    def calls(count: int) -> None:
+        for turn in range(count):
+            explained.attribute(x, turn % 4)
+            _, tape = explained.run(x)
+            tape.relevance(turn % 4)
+
+    calls(5)
+    before, compilations = tensors(), explained.compilations
+    calls(1000)
+    assert tensors() == before
+    assert explained.compilations == compilations
+    model.eval()
+    calls(3)
+    first = allocated_peak(lambda: calls(1))
+    assert allocated_peak(lambda: calls(20)) == first
