@@ -12,7 +12,6 @@ from torch import fx
 from lrp_compiler.kernels.randomness import generator_state
 from lrp_compiler.passes.deferral import REPLAY, demanded_by, drop_dead_nodes, either, fixed_nodes
 from lrp_compiler.passes.emitter import promise, reference_promise
-from lrp_compiler.passes.optable import schema_name
 from lrp_compiler.passes.prices import Prices, Pricing
 from lrp_compiler.passes.program import (
     FACTS,
@@ -134,7 +133,7 @@ class _Lowering:
     def name_in_forward(self, node: fx.Node) -> str:
         """A name that says what the value is, whatever was asked for: recordings are read by name."""
         digest = hashlib.sha1(self.text(node).encode()).hexdigest()[:8]
-        return f"{facts(node).origin}_{schema_name(node.target).rpartition('::')[2]}_{digest}"
+        return f"{facts(node).origin}_{_name_of(node.target).partition('.')[0]}_{digest}"
 
     def text(self, node: fx.Node) -> str:
         """The formula of a value in terms of forward values."""
@@ -143,7 +142,7 @@ class _Lowering:
         if facts(node).part == "forward":
             return node.name
         inner = {operand: self.text(operand) for operand in node.all_input_nodes}
-        return f"{node.target}({fx.map_arg(node.args, inner.get)}, {fx.map_arg(node.kwargs, inner.get)})"
+        return f"{_name_of(node.target)}({fx.map_arg(node.args, inner.get)}, {fx.map_arg(node.kwargs, inner.get)})"
 
     def lower_references(self) -> list[Buffer]:
         """Make values of the reference run graph inputs, and views of them views."""
@@ -206,3 +205,9 @@ class _Lowering:
         if not isinstance(value, torch.Tensor):
             return Buffer(node.name, kind, size, type(value).__name__.removeprefix("Sym").lower(), (), read)
         return Buffer(node.name, kind, size, str(value.dtype).removeprefix("torch."), hints(value.shape), read)
+
+
+def _name_of(target: Any) -> str:
+    """An op's name with its overload, or a function's; the text of a function tells its address in this process."""
+    name: str = target.__name__
+    return name
