@@ -1,0 +1,240 @@
+"""Promises become buffers: the same bits as when every value is kept whole, in as few bytes as can be said by hand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+from torch.nn import functional as F
+from whole import FREE_CALLS, KEEP_NOTHING, joint, priced, whole_results
+
+from lrp_compiler import LRPModule
+from lrp_compiler.baselines import reference_inputs
+from lrp_compiler.captures import Captures
+from lrp_compiler.passes.prices import Prices
+from lrp_compiler.passes.program import Request, graph_inputs
+from lrp_compiler.recording import Recording
+
+PRICES = {"free calls": FREE_CALLS, "keep nothing": KEEP_NOTHING}
+STATE = 5056
+"""Bytes of the state of torch's generator on CPU."""
+
+
+@dataclass
+class Given:
+    """A model with a call, traced once for all that is done with it."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    captures: Captures
+
+    def explained(self, composite: str, prices: Prices) -> LRPModule:
+        return priced(self.model, composite, prices, self.captures)
+
+
+def convolutional() -> nn.Module:
+    """Max and average pools, overlapping windows, an in-place ReLU, a residual."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        zoo.ResidualBlock(6, 8),
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.Flatten(),
+        nn.Linear(32, 16),
+        nn.ReLU(),
+        nn.Linear(16, 5),
+    )
+
+
+class Volumes(nn.Module):
+    """Pools and padding in one and three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.volume, self.row = nn.Conv3d(1, 4, 2), nn.Conv1d(4, 6, 3, dilation=2)
+        self.back, self.head = nn.ConvTranspose1d(6, 4, 3, stride=2), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = F.max_pool3d(torch.tanh(self.volume(x)), 2, 1)
+        v = F.adaptive_avg_pool3d(F.avg_pool3d(F.leaky_relu(v, 0.1), 2, 1), (3, 2, 3)).flatten(2)
+        r = F.max_pool1d(F.avg_pool1d(F.pad(self.row(F.pad(v, (2, 2), "reflect")), (1, 1), "replicate"), 2), 2, 1)
+        return self.head(F.elu(self.back(r)).mean(-1))
+
+
+class Norms(nn.Module):
+    """Every kind of norm, RMSNorm as Llama spells it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.group, self.instance = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True)
+        self.rms, self.layer = nn.RMSNorm(8, eps=1e-5), nn.LayerNorm(8)
+        self.weight, self.head = nn.Parameter(torch.rand(8)), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.instance(F.gelu(self.group(self.conv(x))))).flatten(2).transpose(1, 2)
+        x = F.silu(self.layer(self.rms(x)))
+        return self.head(self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))).mean(1)
+
+
+class Dropped(nn.Module):
+    """Dropout of values that are large beside a generator's state, once of a transposed one, and batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(8, 64), nn.BatchNorm1d(64), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(F.relu(self.first(x)), 0.3, self.training).transpose(1, 2)
+        x = F.dropout(torch.tanh(self.norm(x)), 0.6, self.training)
+        return self.second(x.mean(-1))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU, twice, with residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(nn.Linear(8, 12) for _ in range(2))
+        self.ups = nn.ModuleList(nn.Linear(8, 12) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(12, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for gate, up, down in zip(self.gates, self.ups, self.downs, strict=True):
+            x = x + down(F.silu(gate(x)) * up(x))
+        return x
+
+
+class Attention(nn.Module):
+    """Attention with a bool mask, fused and written out with a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        scores = (query @ key.transpose(-1, -2) / 2).masked_fill(~mask, -torch.inf).softmax(-1)
+        return self.head(self.out((mixed + scores @ value).transpose(1, 2).flatten(2)))[:, -1]
+
+
+class Switch(nn.Module):
+    """A branch with a ReLU and dropout, and one with a norm and a gate; the input's sum says which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(4, 5), nn.Linear(5, 300), nn.Linear(300, 5)
+        self.other, self.norm, self.head = nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.first(x))
+        made = torch.cond(
+            x.sum() > 0,
+            lambda v: self.down(self.dropout(torch.relu(self.up(v)))),
+            lambda v: self.norm(v) * torch.tanh(self.other(v)),
+            (h,),
+        )
+        return self.head(made + h)
+
+
+def images(*shape: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (torch.randn(*shape),), {}
+
+
+def switched(sign: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (torch.randn(6, 4).abs() * sign,), {}
+
+
+def masked() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    mask[1, :, :, :1] = False
+    mask[1, :, 0, 0] = True
+    return (torch.randn(2, 6, 8), mask), {}
+
+
+Call = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+MODELS: dict[str, tuple[Callable[[], nn.Module], Call, bool]] = {
+    "convolutional": (convolutional, lambda: images(2, 3, 14, 14), False),
+    "convolutional, training": (convolutional, lambda: images(3, 3, 14, 14), True),
+    "volumes": (Volumes, lambda: images(2, 1, 6, 5, 7), False),
+    "norms": (Norms, lambda: images(2, 3, 6, 6), False),
+    "dropped": (Dropped, lambda: images(4, 40, 8), True),
+    "gated": (GatedMLP, lambda: images(3, 8), False),
+    "attention": (Attention, masked, False),
+    "switch, one": (Switch, lambda: switched(1), False),
+    "switch, other": (Switch, lambda: switched(-1), False),
+    "switch, training": (Switch, lambda: switched(1), True),
+}
+ZOO = ("vit", "bert_eager", "gpt2", "llama", "t5", "lstm")
+
+CASES = [
+    *(("convolutional", name) for name in ("attnlrp", "epsilon_plus", "epsilon_gamma_box", "guided_backprop")),
+    *(("convolutional", name) for name in ("excitation_backprop", "excitation_pullback", "dynamiclrp", "deep_lift")),
+    *(("convolutional, training", name) for name in ("epsilon_alpha2_beta1", "input_x_gradient")),
+    *(("volumes", name) for name in ("attnlrp", "epsilon_plus", "gradient", "deep_lift")),
+    *(("norms", name) for name in ("attnlrp", "input_x_gradient", "dynamiclrp", "deep_lift")),
+    *(("dropped", name) for name in ("attnlrp", "epsilon_plus", "deep_lift")),
+    *(("gated", name) for name in ("attnlrp", "cp_lrp", "deep_lift")),
+    *(("attention", name) for name in ("attnlrp", "cp_lrp", "relp", "epsilon_plus")),
+    *((f"switch, {side}", name) for side in ("one", "other", "training") for name in ("attnlrp", "epsilon_plus")),
+    *((name, "attnlrp") for name in ZOO),
+]
+
+
+@functools.cache
+def given(name: str) -> Given:
+    torch.manual_seed(0)
+    if name in MODELS:
+        make, call, training = MODELS[name]
+        args, kwargs = call()
+        return Given(make().train(training), args, kwargs, Captures())
+    case = zoo.build(name)
+    return Given(case.model, case.args, case.kwargs, Captures())
+
+
+def everything(explained: LRPModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
+    """Relevance at the inputs for one output, every sink and the whole ledger."""
+    call = explained.explained_call(args, kwargs)
+    sites = tuple((node, "relevance") for nodes in call.program.sources.values() for node in nodes)
+    return Request((call.chosen_output(None),), sites, sinks=True, ledger=True)  # type: ignore[arg-type]
+
+
+def check(explained: LRPModule, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request) -> None:
+    """Both halves of the compiled code, twice over, against the joint graph in one go."""
+    compiler = explained.compiler
+    call = explained.explained_call(args, kwargs)
+    program = joint(compiler.emitted(call, request)[0])
+    inputs = graph_inputs(program, explained.original, args, kwargs)
+    reference = reference_inputs(program, inputs, None)
+    recording = Recording(compiler, call, request)
+    state = {name: value.clone() for name, value in explained.original.state_dict().items()}
+    torch.manual_seed(1)
+    recording.record(inputs, reference)
+    after = torch.get_rng_state()
+    seeds = tuple(torch.randn_like(recording.outputs()[index]) for index in request.outputs)
+    found = [recording.answer(request, list(seeds)) for _ in range(2)]
+    explained.original.load_state_dict(state)
+    torch.manual_seed(1)
+    expected = whole_results(program, recording.sizes, inputs, seeds, reference)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert any(bool(value.any()) for value in expected)
+    for results in found:
+        for (result, ours), theirs in zip(results, expected, strict=True):
+            assert torch.equal(ours, theirs), f"{result} differs by {(ours - theirs).abs().max()}"
+
+
+@pytest.mark.parametrize("prices", PRICES)
+@pytest.mark.parametrize(("name", "composite"), CASES)
+def test_relevance_is_bitwise_that_of_values_kept_whole(name: str, composite: str, prices: str) -> None:
+    case = given(name)
+    explained = case.explained(composite, PRICES[prices])
+    check(explained, case.args, case.kwargs, everything(explained, case.args, case.kwargs))
