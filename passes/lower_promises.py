@@ -60,14 +60,16 @@ class _Lowering:
         for node in [node for node in self.kept if facts(node).part != "forward"]:
             self.in_forward(node)
         references = self.lower_references()
+        # Read of the reference run alone, perhaps: by nothing in this graph.
+        recorded = frozenset(buffer.name for buffer in references)
         for node in self.readers():
             for operand in node.all_input_nodes:
                 node.replace_input_with(operand, self.chosen(operand))
-        drop_dead_nodes(self.graph, kept=generator_state)
+        drop_dead_nodes(self.graph, kept=generator_state, named=recorded)
         for node in self.readers():
             for operand in [operand for operand in node.all_input_nodes if operand.target is promise]:
                 node.replace_input_with(operand, self.forward_value(first_argument(operand), node))
-        drop_dead_nodes(self.graph)
+        drop_dead_nodes(self.graph, named=recorded)
         return self.program.having(buffers=(*self.buffers(), *references))
 
     def readers(self) -> list[fx.Node]:
