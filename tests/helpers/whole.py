@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,6 @@ from lrp_compiler.options import Options
 from lrp_compiler.passes.branches import Conditional, ConditionalRelevance, operand_names, rule_tensors
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.emitter import promise, reference_promise
-from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.lower_promises import lower_promises
 from lrp_compiler.passes.pipeline import EMIT, Stage, generate, run
 from lrp_compiler.passes.prices import Prices
@@ -31,22 +31,34 @@ KEEP_NOTHING = Prices(kept_byte=1e9, call=0.0, flop=0.0)
 
 
 class PricedCompiler(Compiler):
-    """A compiler that lowers promises at prices of its own."""
+    """A compiler that lowers promises at prices of its own; what comes before is made once for all prices."""
 
     def __init__(self, composite: str | Composite, prices: Prices, captures: Captures | None = None) -> None:
         super().__init__(composite, Options(), captures)
         self.prices = prices
-        self.made: dict[tuple[int, Request], tuple[ExplainedCall, tuple[Stage, ...], Executable]] = {}
+        self.priceless: dict[tuple[int, Request], tuple[ExplainedCall, tuple[Stage, ...]]] = {}
+        self.made: dict[tuple[int, Request, Prices], tuple[tuple[Stage, ...], Executable]] = {}
+
+    def at(self, prices: Prices) -> PricedCompiler:
+        """The same at other prices."""
+        other = copy.copy(self)
+        other.prices = prices
+        return other
 
     def emitted(self, explained: ExplainedCall, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         key = (id(explained), request)
-        if key not in self.made:
-            given: dict[Any, tuple[Any, ...]] = {insert_relevance: (request,), lower_promises: (self.prices,)}
-            history = explained.stages
-            for one in EMIT:
-                history = run(one, history, *given.get(one, ()))
-            self.made[key] = (explained, history, generate(history[-1].program))
-        return self.made[key][1:]
+        before = EMIT.index(lower_promises)
+        if key not in self.priceless:
+            history = run(EMIT[0], explained.stages, request)
+            for one in EMIT[1:before]:
+                history = run(one, history)
+            self.priceless[key] = (explained, history)
+        if (*key, self.prices) not in self.made:
+            history = run(lower_promises, self.priceless[key][1], self.prices)
+            for one in EMIT[before + 1 :]:
+                history = run(one, history)
+            self.made[*key, self.prices] = (history, generate(history[-1].program))
+        return self.made[*key, self.prices]
 
 
 def priced(model: nn.Module, composite: str | Composite, prices: Prices, captures: Captures | None = None) -> LRPModule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -12,13 +12,14 @@ import torch
 import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
-from whole import FREE_CALLS, KEEP_NOTHING, joint, priced, whole_results
+from torch.utils import _pytree as pytree
+from whole import FREE_CALLS, KEEP_NOTHING, PricedCompiler, joint, whole_results
 
-from lrp_compiler import LRPModule
 from lrp_compiler.baselines import reference_inputs
 from lrp_compiler.captures import Captures
-from lrp_compiler.passes.prices import Prices
-from lrp_compiler.passes.program import Request, graph_inputs
+from lrp_compiler.compiled import ExplainedCall
+from lrp_compiler.passes.program import Request, graph_inputs, value_of
+from lrp_compiler.passes.sizes import value_of_sizes
 from lrp_compiler.recording import Recording
 
 PRICES = {"free calls": FREE_CALLS, "keep nothing": KEEP_NOTHING}
@@ -33,10 +34,7 @@ class Given:
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    captures: Captures
-
-    def explained(self, composite: str, prices: Prices) -> LRPModule:
-        return priced(self.model, composite, prices, self.captures)
+    captures: Captures = field(default_factory=Captures)
 
 
 def convolutional() -> nn.Module:
@@ -44,7 +42,7 @@ def convolutional() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
         nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.MaxPool2d(3, 2, 1),
         zoo.ResidualBlock(6, 8),
         nn.AvgPool2d(2, ceil_mode=True),
         nn.Flatten(),
@@ -63,7 +61,7 @@ class Volumes(nn.Module):
         self.back, self.head = nn.ConvTranspose1d(6, 4, 3, stride=2), nn.Linear(4, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        v = F.max_pool3d(torch.tanh(self.volume(x)), 2, 1)
+        v = F.max_pool3d(torch.tanh(self.volume(x)), 2, 1, ceil_mode=True)
         v = F.adaptive_avg_pool3d(F.avg_pool3d(F.leaky_relu(v, 0.1), 2, 1), (3, 2, 3)).flatten(2)
         r = F.max_pool1d(F.avg_pool1d(F.pad(self.row(F.pad(v, (2, 2), "reflect")), (1, 1), "replicate"), 2), 2, 1)
         return self.head(F.elu(self.back(r)).mean(-1))
@@ -196,45 +194,44 @@ def given(name: str) -> Given:
     if name in MODELS:
         make, call, training = MODELS[name]
         args, kwargs = call()
-        return Given(make().train(training), args, kwargs, Captures())
+        return Given(make().train(training), args, kwargs)
     case = zoo.build(name)
-    return Given(case.model, case.args, case.kwargs, Captures())
+    return Given(case.model, case.args, case.kwargs)
 
 
-def everything(explained: LRPModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
-    """Relevance at the inputs for one output, every sink and the whole ledger."""
-    call = explained.explained_call(args, kwargs)
+def everything(compiler: PricedCompiler, case: Given) -> tuple[ExplainedCall, Request]:
+    """A call, and the question for relevance at its inputs for one output, every sink and the whole ledger."""
+    call = compiler.explain(compiler.call(case.model, case.args, case.kwargs), None)
     sites = tuple((node, "relevance") for nodes in call.program.sources.values() for node in nodes)
-    return Request((call.chosen_output(None),), sites, sinks=True, ledger=True)  # type: ignore[arg-type]
+    return call, Request((call.chosen_output(None),), sites, sinks=True, ledger=True)  # type: ignore[arg-type]
 
 
-def check(explained: LRPModule, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request) -> None:
-    """Both halves of the compiled code, twice over, against the joint graph in one go."""
-    compiler = explained.compiler
-    call = explained.explained_call(args, kwargs)
+def check(compiler: PricedCompiler, case: Given) -> None:
+    """Both halves of the code that is made at any prices, asked twice, against the joint graph in one go."""
+    call, request = everything(compiler, case)
     program = joint(compiler.emitted(call, request)[0])
-    inputs = graph_inputs(program, explained.original, args, kwargs)
+    inputs = graph_inputs(program, case.model, case.args, case.kwargs)
+    inputs = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
     reference = reference_inputs(program, inputs, None)
-    recording = Recording(compiler, call, request)
-    state = {name: value.clone() for name, value in explained.original.state_dict().items()}
+    sizes = call.binder.bind([*pytree.tree_leaves((case.args, case.kwargs))])
+    output = value_of(program.nodes_by_name()[program.outputs[request.outputs[0]]])
+    seed = torch.randn(value_of_sizes(output.shape, sizes), dtype=output.dtype)
     torch.manual_seed(1)
-    recording.record(inputs, reference)
+    expected = whole_results(program, sizes, inputs, (seed,), reference)
     after = torch.get_rng_state()
-    seeds = tuple(torch.randn_like(recording.outputs()[index]) for index in request.outputs)
-    found = [recording.answer(request, list(seeds)) for _ in range(2)]
-    explained.original.load_state_dict(state)
-    torch.manual_seed(1)
-    expected = whole_results(program, recording.sizes, inputs, seeds, reference)
-    assert torch.equal(torch.get_rng_state(), after)
     assert any(bool(value.any()) for value in expected)
-    for results in found:
-        for (result, ours), theirs in zip(results, expected, strict=True):
-            assert torch.equal(ours, theirs), f"{result} differs by {(ours - theirs).abs().max()}"
+    for name, prices in PRICES.items():
+        recording = Recording(compiler.at(prices), call, request)
+        torch.manual_seed(1)
+        recording.record([value.clone() if isinstance(value, Tensor) else value for value in inputs], reference)
+        assert torch.equal(torch.get_rng_state(), after)
+        for _ in range(2):
+            results = recording.answer(request, [seed])
+            for (result, ours), theirs in zip(results, expected, strict=True):
+                assert torch.equal(ours, theirs), f"{name}: {result} differs by {(ours - theirs).abs().max()}"
 
 
-@pytest.mark.parametrize("prices", PRICES)
 @pytest.mark.parametrize(("name", "composite"), CASES)
-def test_relevance_is_bitwise_that_of_values_kept_whole(name: str, composite: str, prices: str) -> None:
+def test_relevance_is_bitwise_that_of_values_kept_whole(name: str, composite: str) -> None:
     case = given(name)
-    explained = case.explained(composite, PRICES[prices])
-    check(explained, case.args, case.kwargs, everything(explained, case.args, case.kwargs))
+    check(PricedCompiler(composite, FREE_CALLS, case.captures), case)
