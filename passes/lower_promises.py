@@ -96,7 +96,7 @@ class _Lowering:
                 function, state, arguments = value.meta[REPLAY]
                 with self.graph.inserting_before(at):
                     made = self.graph.call_function(function, (self.nodes[state], *arguments))
-                made.meta = dict(value.meta)
+                made.meta = {"val": value_of(value), FACTS: Facts(part="relevance", origin=value.name)}
             else:
                 operands = {operand: self.forward_value(operand, at) for operand in value.all_input_nodes}
                 made = self.copied(value, at, operands)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from lrp_compiler.kernels.bits import pack_bits, pack_positive, pack_sign
 from lrp_compiler.kernels.pooling import window_offsets
 from lrp_compiler.kernels.randomness import generator_state
+from lrp_compiler.passes.deferral import REPLAY
 from lrp_compiler.passes.optable import OpClass, classify, op_name
 from lrp_compiler.passes.program import facts, value_of
 from lrp_compiler.passes.sizes import at_hints, hints
@@ -67,9 +68,11 @@ class Pricing:
         if facts(node).part != "forward" or node.target is operator.getitem or shown(node) is not None:
             # Relevance ops run once on whichever side they are.
             return 0
-        if not is_repeatable(node):
+        if REPLAY not in node.meta and not is_repeatable(node):
             return None
-        price = int(self.prices.call + _moved(node) + self.prices.flop * self.flops(node))
+        # What is drawn again is drawn of nothing.
+        moved = bytes_of(value_of(node)) if REPLAY in node.meta else _moved(node)
+        price = int(self.prices.call + moved + self.prices.flop * self.flops(node))
         outputs = value_of(node) if isinstance(value_of(node), (tuple, list)) else [value_of(node)]
         return None if self.prices.kept_byte * bytes_of(outputs) <= price else price
 
