@@ -87,21 +87,35 @@ class _Lowering:
 
     def forward_value(self, value: fx.Node, at: fx.Node) -> fx.Node:
         """A forward value in the relevance graph: itself where it is kept, else computed again in front of ``at``."""
-        if value.op == "placeholder" or value in self.kept:
-            return value
-        if value not in self.again:
-            if shown(value) is not None:
-                self.views.add(value)
-            if REPLAY in value.meta:
-                function, state, arguments = value.meta[REPLAY]
-                with self.graph.inserting_before(at):
-                    made = self.graph.call_function(function, (self.nodes[state], *arguments))
-                made.meta = {"val": value_of(value), FACTS: Facts(part="relevance", origin=value.name)}
-            else:
-                operands = {operand: self.forward_value(operand, at) for operand in value.all_input_nodes}
-                made = self.copied(value, at, operands)
-            self.again[value] = made
-        return self.again[value]
+        # A loop, since what is kept may be more ops away than python can recurse.
+        waiting = [value]
+        while waiting:
+            node = waiting[-1]
+            operands = () if self.is_at_hand(node) or REPLAY in node.meta else node.all_input_nodes
+            missing = [operand for operand in operands if not self.is_at_hand(operand)]
+            waiting += reversed(missing)
+            if not missing:
+                waiting.pop()
+                if not self.is_at_hand(node):
+                    self.again[node] = self.computed_again(node, at)
+        return self.again.get(value, value)
+
+    def is_at_hand(self, value: fx.Node) -> bool:
+        """Whether relevance can read a forward value by now: kept, or computed again."""
+        return value.op == "placeholder" or value in self.kept or value in self.again
+
+    def computed_again(self, value: fx.Node, at: fx.Node) -> fx.Node:
+        """A forward op once more in front of ``at``, of operands at hand; a draw from the state it began with."""
+        if shown(value) is not None:
+            self.views.add(value)
+        if REPLAY not in value.meta:
+            operands = {operand: self.again.get(operand, operand) for operand in value.all_input_nodes}
+            return self.copied(value, at, operands)
+        function, state, arguments = value.meta[REPLAY]
+        with self.graph.inserting_before(at):
+            made = self.graph.call_function(function, (self.nodes[state], *arguments))
+        made.meta = {"val": value_of(value), FACTS: Facts(part="relevance", origin=value.name)}
+        return made
 
     def copied(self, value: fx.Node, at: fx.Node, operands: dict[fx.Node, fx.Node]) -> fx.Node:
         """A forward op once more, on other operands, among the relevance ops."""
