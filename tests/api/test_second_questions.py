@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
-from whole import FREE_CALLS, KEEP_NOTHING, PricedCompiler, joint, priced, whole_results
+from whole import FREE_CALLS, KEEP_NOTHING, priced
 
-from lrp_compiler import LRPModule, Tape, compile_for_lrp
-from lrp_compiler.passes.prices import Prices
-from lrp_compiler.passes.program import Request, graph_inputs
+from lrp_compiler import LRPModule, Tape
 
 PRICES = {"free calls": FREE_CALLS, "keep nothing": KEEP_NOTHING}
 

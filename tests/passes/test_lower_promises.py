@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +15,13 @@ import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
-from whole import FREE_CALLS, KEEP_NOTHING, PricedCompiler, joint, whole_results
+from whole import FREE_CALLS, KEEP_NOTHING, PricedCompiler, joint, priced, table, whole_results
 
 from lrp_compiler.baselines import reference_inputs
 from lrp_compiler.captures import Captures
 from lrp_compiler.compiled import ExplainedCall
 from lrp_compiler.passes.program import Request, graph_inputs, value_of
-from lrp_compiler.passes.sizes import value_of_sizes
+from lrp_compiler.passes.sizes import Sizes, value_of_sizes
 from lrp_compiler.recording import Recording
 
 PRICES = {"free calls": FREE_CALLS, "keep nothing": KEEP_NOTHING}
@@ -236,3 +238,148 @@ def check(compiler: PricedCompiler, case: Given) -> None:
 def test_relevance_is_bitwise_that_of_values_kept_whole(name: str, composite: str) -> None:
     case = given(name)
     check(PricedCompiler(composite, FREE_CALLS, case.captures), case)
+
+
+class Between(nn.Module):
+    """One op between a wide linear map, which nobody wants to compute twice, and a sum with one weight."""
+
+    def __init__(self, op: Callable[..., Tensor], module: nn.Module | None) -> None:
+        super().__init__()
+        self.first, self.op, self.module = nn.Conv2d(512, 4, 1), op, module
+        self.weight = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = self.op(h) if self.module is None else self.module(self.op(h))
+        return h.flatten(1).sum(1, keepdim=True) * self.weight
+
+
+BATCH, CHANNELS, HEIGHT, WIDTH = 3, 4, 6, 7
+COUNT = BATCH * CHANNELS * HEIGHT * WIDTH
+BITS = (COUNT + 7) // 8
+ROWS = 4 * BATCH * CHANNELS * HEIGHT
+KEPT: dict[str, tuple[Callable[..., Tensor], nn.Module | None, int]] = {
+    "relu": (F.relu, None, BITS),
+    "leaky_relu": (lambda h: F.leaky_relu(h, 0.1), None, BITS),
+    "prelu": (lambda h: h, nn.PReLU(), BITS),
+    "abs": (torch.abs, None, 2 * BITS),
+    "where": (lambda h: torch.where(h > 0, h, 2 * h), None, BITS),
+    "masked_fill": (lambda h: h.masked_fill(h > 1, 0.0), None, BITS),
+    "clamp": (lambda h: h.clamp(-1, 1), None, 4 * COUNT),
+    "max_pool2d": (lambda h: F.max_pool2d(h, (3, 2)), None, BATCH * CHANNELS * 2 * 3),
+    "max_pool3d": (lambda h: F.max_pool3d(h, 2), None, BATCH * 2 * 3 * 3),
+    "dropout": (lambda h: F.dropout(h.repeat(1, 1, 40, 40), 0.3), None, STATE),
+    "small dropout": (lambda h: F.dropout(h, 0.3), None, 4 * COUNT),
+    "rms_norm": (lambda h: h, nn.RMSNorm(WIDTH, eps=1e-5), ROWS),
+    "rms_norm, spelled": (lambda h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5), None, ROWS),
+    "layer_norm": (lambda h: h, nn.LayerNorm(WIDTH), ROWS),
+    "group_norm": (lambda h: h, nn.GroupNorm(2, CHANNELS), 4 * BATCH * 2),
+    "batch_norm": (lambda h: h, nn.BatchNorm2d(CHANNELS), 4 * CHANNELS),
+    "gelu": (F.gelu, None, 4 * COUNT),
+    "avg_pool1d": (lambda h: F.avg_pool1d(h[:, 0], 2), None, 0),
+    "avg_pool2d": (lambda h: F.avg_pool2d(h, 3, 2, 1, ceil_mode=True), None, 0),
+    "avg_pool3d": (lambda h: F.avg_pool3d(h, 2), None, 0),
+    "adaptive_avg_pool2d": (lambda h: F.adaptive_avg_pool2d(h, 4), None, 0),
+    "adaptive_avg_pool3d": (lambda h: F.adaptive_avg_pool3d(h, 4), None, 0),
+    "reflection_pad2d": (lambda h: F.pad(h, (1, 2, 3, 1), "reflect"), None, 0),
+    "replication_pad2d": (lambda h: F.pad(h, (1, 2, 3, 1), "replicate"), None, 0),
+    "conv1d": (lambda h: h.flatten(2), nn.Conv1d(CHANNELS, 5, 3), 0),
+    "conv2d": (lambda h: h, nn.Conv2d(CHANNELS, 5, 3, 2), 0),
+    "conv3d": (lambda h: h.unsqueeze(1), nn.Conv3d(1, 5, 3), 0),
+    "conv_transpose2d": (lambda h: h, nn.ConvTranspose2d(CHANNELS, 5, 3), 0),
+    "mean": (lambda h: h.mean(-1), None, 0),
+    "ones_like": (lambda h: h + torch.ones_like(h), None, 0),
+}
+"""What stands between two linear maps in a model in training mode, and how many bytes are kept for it."""
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_bytes_are_those_counted_by_hand(name: str) -> None:
+    op, module, expected = KEPT[name]
+    x = torch.randn(BATCH, 512, HEIGHT, WIDTH)
+    explained = priced(Between(op, module).train(), "attnlrp", FREE_CALLS)
+    buffers = table(explained, x).values()
+    kept = [buffer for buffer in buffers if buffer.kind in ("saved", "compressed")]
+    assert sum(buffer.bytes for buffer in kept) == expected, kept
+    # What the table says is what the forward pass hands over.
+    with torch.no_grad():
+        tape = explained.run(x)[1]
+    handed = tape._recording._saved
+    assert {name: value.numel() * value.element_size() for name, value in handed.items()} == {
+        buffer.name: buffer.bytes for buffer in kept
+    }
+
+
+@pytest.mark.parametrize("name", ["convolutional", "attention"])
+def test_several_targets_at_once_read_the_same_values(name: str) -> None:
+    """Code mapped over seeds against the joint graph mapped over them."""
+    case = given(name)
+    compiler = PricedCompiler("attnlrp", FREE_CALLS, case.captures)
+    call, request = everything(compiler, case)
+    program = joint(compiler.emitted(call, request)[0])
+    inputs = graph_inputs(program, case.model, case.args, case.kwargs)
+    for prices in PRICES.values():
+        recording = Recording(compiler.at(prices), call, request)
+        recording.record(inputs, {})
+        seeds = torch.randn(4, *recording.outputs()[request.outputs[0]].shape)
+        found = recording.answer(request, [seeds], mapped=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*batching rule.*")
+            expected = torch.vmap(lambda seed: whole_results(program, Sizes(), inputs, (seed,), {}))(seeds)
+        assert all(torch.equal(ours, theirs) for (_, ours), theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("composite", ["attnlrp", "epsilon_plus"])
+def test_open_sizes_keep_what_every_call_needs(composite: str) -> None:
+    """The graph of the second shape serves the third, whose small forms have other sizes again."""
+    case = given("convolutional")
+    captures = Captures()
+    for batch, side in ((2, 14), (3, 14), (5, 14)):
+        resized = Given(case.model, (torch.randn(batch, 3, side, side),), {}, is_large=True, captures=captures)
+        check(PricedCompiler(composite, FREE_CALLS, captures), resized)
+    assert [compilation.form for compilation in captures.history] == ["static", "symbolic"]
+
+
+def test_names_tell_the_value_whatever_was_asked() -> None:
+    """What two forward passes of one call kept under one name is one value; names are the same in every process."""
+    case = given("convolutional")
+    compiler = PricedCompiler("attnlrp", FREE_CALLS, case.captures)
+    call = compiler.explain(compiler.call(case.model, case.args, case.kwargs), None)
+    sites = [("conv2d", "relevance"), ("linear", "coefficient"), ("relu", "activation")]
+    kept: list[dict[str, Tensor]] = []
+    for request in (Request((0,), tuple(sites[:count]), sinks=sinks) for count in (1, 2, 3) for sinks in (False, True)):  # type: ignore[arg-type]
+        recording = Recording(compiler, call, request)
+        recording.record(graph_inputs(call.program, case.model, case.args, case.kwargs), {})
+        kept.append(recording._saved)
+    pooled = "max_pool2d_with_indices_default_output1_window_offsets_b5b831e1"
+    relus = (
+        "relu_default_1_pack_positive_fbae2fea",
+        "relu_default_2_pack_positive_1998990d",
+        "relu_pack_positive_b701d6b2",
+    )
+    assert sorted(kept[0]) == [pooled, *relus]
+    for one, other in itertools.combinations(kept, 2):
+        shared = one.keys() & other.keys()
+        assert shared
+        assert all(torch.equal(one[name], other[name]) for name in shared)
+
+
+def test_a_long_chain_can_be_computed_again() -> None:
+    """Where nothing is kept, what a late op reads may be hundreds of ops away from the inputs."""
+    explained = priced(Chain(), "gradient", KEEP_NOTHING)
+    x = torch.randn(3, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(Chain()(x).sum(), x)
+    with torch.no_grad():
+        tape = explained.run(x)[1]
+        found = tape.relevance(torch.ones(3, 4))
+    assert not tape._recording._saved
+    assert torch.equal(found, expected)
+
+
+class Chain(nn.Module):
+    """Hundreds of elementwise ops, each of whose derivatives reads what is before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(700):
+            x = torch.sin(x)
+        return x
