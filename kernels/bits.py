@@ -25,7 +25,8 @@ TO_HIGHEST = 0x7F7F7F7F7F7F7F7F
 
 def pack_bits(mask: Tensor) -> Tensor:
     """A bool tensor of n elements as uint8 (ceil(n / 8),), in the order of ``mask.flatten()``."""
-    flat = mask.flatten().view(torch.uint8)
+    # Converted, not viewed: what is read as int64 has to lie densely, from a multiple of eight bytes on.
+    flat = mask.flatten().to(torch.uint8)
     missing = -flat.shape[0] % 8
     if missing:
         flat = F.pad(flat, (0, missing))

@@ -225,7 +225,8 @@ def _mapped(code: Callable[..., Any], values: list[Tensor], seeds: list[Tensor],
     with _MAPPING, warnings.catch_warnings():
         # Ops without a batching rule (CPU flash attention) run once per target; the result is the same.
         warnings.filterwarnings("ignore", message=".*batching rule.*")
-        return torch.vmap(code, in_dims=in_dims)(*values, *seeds, *masks)
+        # What the forward pass drew and relevance draws again is the same for all targets.
+        return torch.vmap(code, in_dims=in_dims, randomness="same")(*values, *seeds, *masks)
 
 
 class _ReplayedRNG:

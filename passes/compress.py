@@ -42,6 +42,7 @@ from lrp_compiler.passes.program import (
 from lrp_compiler.passes.sizes import with_literals
 
 aten = torch.ops.aten
+SIGNS = (aten.sign.default, aten.sgn.default)
 POOLS = {"aten::max_pool2d_with_indices": 2, "aten::max_pool3d_with_indices": 3}
 
 
@@ -151,7 +152,7 @@ class _Compressor:
         if tensor_of(node).dtype is torch.bool:
             readers = [user for user in readers if not (user in self.fixed and _is_mask(user))]
             form: tuple[fx.Node, Packing, tuple[Any, ...]] = (node, MASK, ())
-        elif node.target is aten.sign.default:
+        elif node.target in SIGNS and not tensor_of(node).is_complex():
             form = (first_argument(node), SIGN, (tensor_of(node).dtype,))
         elif node.target is promise and (pooled := _pooled(first_argument(node))) is not None:
             form = (node, WINNERS, pooled)

@@ -44,11 +44,12 @@ def demanded_by(node: fx.Node, fixed: set[fx.Node]) -> list[fx.Node]:
     return [operand for operand in node.all_input_nodes if operand in fixed and facts(operand).part != "forward"]
 
 
-def drop_dead_nodes(graph: fx.Graph, kept: Any = None) -> None:
-    """Remove what nothing reads; of ops with side effects the forward's own stay, and calls of ``kept``."""
+def drop_dead_nodes(graph: fx.Graph, kept: Any = None, named: frozenset[str] = frozenset()) -> None:
+    """Remove what nothing reads; of ops with side effects the forward's own stay, calls of ``kept`` and nodes named."""
 
     def stays(node: fx.Node) -> bool:
         is_forward = facts(node).part == "forward"
-        return node.op in ("placeholder", "output") or node.target is kept or (is_forward and bool(node.is_impure()))
+        is_wanted = node.op in ("placeholder", "output") or node.target is kept or node.name in named
+        return is_wanted or (is_forward and bool(node.is_impure()))
 
     graph.eliminate_dead_code(is_impure_node=stays)

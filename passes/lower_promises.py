@@ -13,7 +13,6 @@ from lrp_compiler.kernels.randomness import generator_state
 from lrp_compiler.passes.budget import MemoryGoal, values_to_keep
 from lrp_compiler.passes.deferral import REPLAY, drop_dead_nodes, either
 from lrp_compiler.passes.emitter import promise, reference_promise
-from lrp_compiler.passes.optable import schema_name
 from lrp_compiler.passes.program import (
     FACTS,
     Buffer,
@@ -58,14 +57,16 @@ class _Lowering:
         for node in [node for node in self.kept if facts(node).part != "forward"]:
             self.in_forward(node)
         references = self.lower_references()
+        # Read of the reference run alone, perhaps: by nothing in this graph.
+        recorded = frozenset(buffer.name for buffer in references)
         for node in self.readers():
             for operand in node.all_input_nodes:
                 node.replace_input_with(operand, self.chosen(operand))
-        drop_dead_nodes(self.graph, kept=generator_state)
+        drop_dead_nodes(self.graph, kept=generator_state, named=recorded)
         for node in self.readers():
             for operand in [operand for operand in node.all_input_nodes if operand.target is promise]:
                 node.replace_input_with(operand, self.forward_value(first_argument(operand), node))
-        drop_dead_nodes(self.graph)
+        drop_dead_nodes(self.graph, named=recorded)
         return self.program.having(buffers=(*self.buffers(), *references))
 
     def readers(self) -> list[fx.Node]:
@@ -83,21 +84,35 @@ class _Lowering:
 
     def forward_value(self, value: fx.Node, at: fx.Node) -> fx.Node:
         """A forward value in the relevance graph: itself where it is kept, else computed again in front of ``at``."""
-        if value.op == "placeholder" or value in self.kept:
-            return value
-        if value not in self.again:
-            if shown(value) is not None:
-                self.views.add(value)
-            if REPLAY in value.meta:
-                function, state, arguments = value.meta[REPLAY]
-                with self.graph.inserting_before(at):
-                    made = self.graph.call_function(function, (self.nodes[state], *arguments))
-                made.meta = dict(value.meta)
-            else:
-                operands = {operand: self.forward_value(operand, at) for operand in value.all_input_nodes}
-                made = self.copied(value, at, operands)
-            self.again[value] = made
-        return self.again[value]
+        # A loop, since what is kept may be more ops away than python can recurse.
+        waiting = [value]
+        while waiting:
+            node = waiting[-1]
+            operands = () if self.is_at_hand(node) or REPLAY in node.meta else node.all_input_nodes
+            missing = [operand for operand in operands if not self.is_at_hand(operand)]
+            waiting += reversed(missing)
+            if not missing:
+                waiting.pop()
+                if not self.is_at_hand(node):
+                    self.again[node] = self.computed_again(node, at)
+        return self.again.get(value, value)
+
+    def is_at_hand(self, value: fx.Node) -> bool:
+        """Whether relevance can read a forward value by now: kept, or computed again."""
+        return value.op == "placeholder" or value in self.kept or value in self.again
+
+    def computed_again(self, value: fx.Node, at: fx.Node) -> fx.Node:
+        """A forward op once more in front of ``at``, of operands at hand; a draw from the state it began with."""
+        if shown(value) is not None:
+            self.views.add(value)
+        if REPLAY not in value.meta:
+            operands = {operand: self.again.get(operand, operand) for operand in value.all_input_nodes}
+            return self.copied(value, at, operands)
+        function, state, arguments = value.meta[REPLAY]
+        with self.graph.inserting_before(at):
+            made = self.graph.call_function(function, (self.nodes[state], *arguments))
+        made.meta = {"val": value_of(value), FACTS: Facts(part="relevance", origin=value.name)}
+        return made
 
     def copied(self, value: fx.Node, at: fx.Node, operands: dict[fx.Node, fx.Node]) -> fx.Node:
         """A forward op once more, on other operands, among the relevance ops."""
@@ -131,7 +146,7 @@ class _Lowering:
     def name_in_forward(self, node: fx.Node) -> str:
         """A name that says what the value is, whatever was asked for: recordings are read by name."""
         digest = hashlib.sha1(self.text(node).encode()).hexdigest()[:8]
-        return f"{facts(node).origin}_{schema_name(node.target).rpartition('::')[2]}_{digest}"
+        return f"{facts(node).origin}_{_name_of(node.target).partition('.')[0]}_{digest}"
 
     def text(self, node: fx.Node) -> str:
         """The formula of a value in terms of forward values."""
@@ -140,7 +155,7 @@ class _Lowering:
         if facts(node).part == "forward":
             return node.name
         inner = {operand: self.text(operand) for operand in node.all_input_nodes}
-        return f"{node.target}({fx.map_arg(node.args, inner.get)}, {fx.map_arg(node.kwargs, inner.get)})"
+        return f"{_name_of(node.target)}({fx.map_arg(node.args, inner.get)}, {fx.map_arg(node.kwargs, inner.get)})"
 
     def lower_references(self) -> list[Buffer]:
         """Make values of the reference run graph inputs, and views of them views."""
@@ -206,3 +221,9 @@ class _Lowering:
             return Buffer(node.name, kind, size, dtype, (), read, holder)
         dtype = str(value.dtype).removeprefix("torch.")
         return Buffer(node.name, kind, size, dtype, hints(value.shape), read, holder)
+
+
+def _name_of(target: Any) -> str:
+    """An op's name with its overload, or a function's; the text of a function tells its address in this process."""
+    name: str = target.__name__
+    return name

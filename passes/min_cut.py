@@ -37,9 +37,8 @@ def cheapest(choices: Mapping[V, Choice], demanded: Iterable[V]) -> set[V]:
     kept: set[V] = set()
     for part in _parts(choices):
         ends = [value for value in part if value in demanded]
-        lone = part[0] if len(part) == 1 else None
-        if lone is not None and choices[lone].recompute is None:
-            kept.add(lone)
+        if len(ends) == len(part) == 1 and choices[ends[0]].recompute is None:
+            kept.add(ends[0])
         elif ends:
             kept |= _cut(choices, part, ends)
     return kept

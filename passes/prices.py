@@ -68,9 +68,11 @@ class Pricing:
         if facts(node).part != "forward" or node.target is operator.getitem or shown(node) is not None:
             # Relevance ops run once on whichever side they are.
             return 0
-        if not is_repeatable(node):
+        if REPLAY not in node.meta and not is_repeatable(node):
             return None
-        return int(self.prices.call + _moved(node) + self.prices.flop * self.flops(node))
+        # What is drawn again is drawn of nothing.
+        moved = bytes_of(value_of(node)) if REPLAY in node.meta else _moved(node)
+        return int(self.prices.call + moved + self.prices.flop * self.flops(node))
 
     def never_pays(self, node: fx.Node, recompute: int) -> bool:
         """Whether keeping all that an op makes is no dearer than running it again, its operands left aside."""
