@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from lrp_compiler.kernels.bits import (
+    pack_bits,
+    pack_positive,
+    pack_sign,
+    unpack_bits,
+    unpack_positive,
+    unpack_sign,
+)
+from lrp_compiler.kernels.pooling import indices_of_offsets, window_offsets
+from lrp_compiler.passes.optable import aten_names, schema_name
 from lrp_compiler.passes.program import first_argument, value_of
+from lrp_compiler.passes.sizes import hints
 from lrp_compiler.passes.storage import bytes_of, shown
 
 
@@ -40,7 +52,7 @@ def last_reads(graph: fx.Graph, roots: dict[fx.Node, fx.Node]) -> dict[fx.Node, 
 class Footprint:
     """What running a graph allocates: bytes alive while each op runs, and those alive at the end.
 
-    ``peak`` counts neither the graph's inputs nor what an op allocates and frees inside.
+    ``peak`` does not count the graph's inputs; of what ops allocate inside, what convolutions do.
     """
 
     peak: int
@@ -64,11 +76,48 @@ def footprint(graph: fx.Graph, owned: frozenset[fx.Node] = frozenset()) -> Footp
         for size, end in _allocations(node, last) if roots[node] is node else ():
             alive += size
             ending[end] = ending.get(end, 0) + size
-        if alive > peak:
-            peak, at = alive, node.name
+        if (needed := alive + working_memory(node)) > peak:
+            peak, at = needed, node.name
         if node.op != "output":
             alive -= ending.pop(place, 0)
     return Footprint(peak, alive, at)
+
+
+CONVOLUTIONS = aten_names("convolution conv1d conv2d conv3d convolution_backward")
+BLOCK = 16
+"""oneDNN lays channels out in blocks of so many, the last one padded."""
+
+
+PACKING_MEMORY: dict[object, int] = {
+    pack_bits: 1,
+    pack_positive: 5,
+    pack_sign: 9,
+    unpack_bits: 16,
+    unpack_positive: 16,
+    unpack_sign: 16,
+    window_offsets: 24,
+    indices_of_offsets: 24,
+}
+"""Bytes that packing and unpacking take meanwhile, per element of what they read."""
+
+
+def working_memory(node: fx.Node) -> int:
+    """What packing and, on CPU, convolutions take beside their result; other ops need little, or it is not known here.
+
+    A convolution lays its operands out in blocks, and makes its result so before it is laid out plainly.
+    """
+    if node.target in PACKING_MEMORY:
+        return PACKING_MEMORY[node.target] * value_of(first_argument(node)).numel()
+    if node.op != "call_function" or schema_name(node.target) not in CONVOLUTIONS:
+        return 0
+    is_backward = schema_name(node.target) == "aten::convolution_backward"
+    read, weight = (value_of(node.args[place]) for place in ((0, 2) if is_backward else (0, 1)))  # type: ignore[arg-type]
+    if weight.device.type != "cpu":
+        return 0
+    made, of, *kernel = hints(weight.shape)
+    blocks = math.prod(-(-channels // BLOCK) * BLOCK for channels in (made, of)) if is_backward else made * of
+    packed: int = blocks * math.prod(kernel) * weight.element_size()
+    return max(bytes_of(read) + packed, bytes_of(value_of(node)))
 
 
 def _allocations(node: fx.Node, last: dict[fx.Node, int]) -> list[tuple[int, int]]:

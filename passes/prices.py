@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lrp_compiler.kernels.bits import pack_bits, pack_positive, pack_sign
 from lrp_compiler.kernels.pooling import window_offsets
@@ -18,7 +17,7 @@ from lrp_compiler.kernels.randomness import generator_state
 from lrp_compiler.passes.deferral import REPLAY
 from lrp_compiler.passes.optable import OpClass, classify, op_name
 from lrp_compiler.passes.program import facts, value_of
-from lrp_compiler.passes.sizes import at_hints, hints
+from lrp_compiler.passes.sizes import hints
 from lrp_compiler.passes.storage import bytes_of, shown
 from lrp_compiler.passes.trace import SCALARS
 
@@ -27,7 +26,7 @@ PACKING: frozenset[Callable[..., Any]] = frozenset({pack_bits, pack_positive, pa
 
 HEAVY = frozenset({OpClass.LINEAR, OpClass.BILINEAR, OpClass.ATTENTION})
 FLOPS_PER_BYTE_OF_OTHERS = {OpClass.RECURRENT: 1000}
-"""Ops that torch's counter does not know -> flops per byte of what they read."""
+"""Ops whose flops are not counted -> a guess per byte of what they read and write."""
 
 
 @dataclass(frozen=True)
@@ -92,23 +91,17 @@ class Pricing:
         return self.counted[key]
 
     def _count(self, node: fx.Node, op_class: OpClass) -> int:
+        first, second, *_ = (hints(value_of(operand).shape) for operand in node.all_input_nodes[:3])
         if op_class is OpClass.ATTENTION:
-            query, key, value = (hints(value_of(operand).shape) for operand in node.args[:3])  # type: ignore[arg-type]
-            # Shared keys and values count once for each head that reads them.
-            key, value = ((*query[:-2], *shape[-2:]) for shape in (key, value))
-            return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-        args, kwargs = pytree.tree_map_only(fx.Node, _without_memory, at_hints((node.args, node.kwargs)))
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            node.target(*args, **kwargs)  # type: ignore[operator]
-        return int(counter.get_total_flops())
-
-
-def _without_memory(node: fx.Node) -> Any:
-    """A tensor as a value is in the captured call, on the meta device, where asking for its size settles nothing."""
-    value = value_of(node)
-    if not isinstance(value, torch.Tensor):
-        return value
-    return torch.empty_strided(hints(value.shape), hints(value.stride()), dtype=value.dtype, device="meta")
+            # Two products of queries with all keys or values.
+            return int(4 * math.prod(first) * second[-2])
+        outputs = bytes_of(value_of(node)) // value_of(node).element_size()
+        if "conv" in op_name(node):
+            return int(2 * outputs * math.prod(second[1:]))
+        entry = classify(node)
+        assert entry is not None
+        factor: Any = node.args[entry.factors[0]]
+        return int(2 * outputs * hints(value_of(factor).shape)[-1])
 
 
 def _moved(node: fx.Node) -> int:

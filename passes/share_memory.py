@@ -47,7 +47,9 @@ def share_memory(program: Program) -> Program:
             root = roots[operand]
             # Seeds may be mapped over: what is the same for all of them can hold no value of one.
             if last[root] == place and _fits(operand, root, node) and (operand in dependent or node not in dependent):
-                node.args = (operand, *(arg for arg in node.args if arg is not operand))
+                others = list(node.args)
+                others.remove(operand)
+                node.args = (operand, *others)
                 node.target = IN_PLACE[node.target]
                 roots[node], last[root] = root, last[node]
                 break

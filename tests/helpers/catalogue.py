@@ -15,9 +15,10 @@ from peers import relative_error
 from torch import Tensor, fx
 
 from lrp_compiler import LRPModule
+from lrp_compiler.passes.emitter import PROMISES
 from lrp_compiler.passes.operation import Operation
 from lrp_compiler.passes.optable import op_name
-from lrp_compiler.passes.program import Program, facts, forward_nodes
+from lrp_compiler.passes.program import Program, facts, first_argument, forward_nodes
 from lrp_compiler.rules import Rule
 
 HEADER = """# Rules, and what was shown of them
@@ -72,11 +73,11 @@ def agreement(explained: LRPModule, args: Any, found: Tensor, expected: Tensor, 
 def note(explained: LRPModule, args: tuple[Any, ...], kwargs: dict[str, Any], oracle: str, error: float) -> None:
     """Add one comparison to the rows of the rules it used."""
     stages = explained.stages(*args, **kwargs)
-    program = next(stage.program for stage in stages if stage.name == "insert_relevance")
+    program = next(stage.program for stage in stages if stage.name == "simplify")
     readers: dict[str, set[str]] = {}
-    for buffer in stages[-1].program.buffers:
-        for reader in buffer.readers:
-            readers.setdefault(reader, set()).add(buffer.name)
+    for node in program.graph.nodes:
+        for user in node.users if node.target in PROMISES else ():
+            readers.setdefault(facts(user).origin, set()).add(first_argument(node).name)
     nodes = program.nodes_by_name()
     for node in forward_nodes(program):
         reads_tuple = node.target is operator.getitem and facts(node).pattern is None
