@@ -104,10 +104,11 @@ PACKING_MEMORY: dict[object, int] = {
 def working_memory(node: fx.Node) -> int:
     """What packing and, on CPU, convolutions take beside their result; other ops need little, or it is not known here.
 
-    A convolution lays its operands out in blocks, and makes its result so before it is laid out plainly.
+    A convolution lays its operands out in blocks, and makes its result so before it is laid out plainly; what oneDNN
+    takes beyond that for strided ones is not known.
     """
     if node.target in PACKING_MEMORY:
-        return PACKING_MEMORY[node.target] * value_of(first_argument(node)).numel()
+        return PACKING_MEMORY[node.target] * math.prod(hints(value_of(first_argument(node)).shape))
     if node.op != "call_function" or schema_name(node.target) not in CONVOLUTIONS:
         return 0
     is_backward = schema_name(node.target) == "aten::convolution_backward"
@@ -117,7 +118,9 @@ def working_memory(node: fx.Node) -> int:
     made, of, *kernel = hints(weight.shape)
     blocks = math.prod(-(-channels // BLOCK) * BLOCK for channels in (made, of)) if is_backward else made * of
     packed: int = blocks * math.prod(kernel) * weight.element_size()
-    return max(bytes_of(read) + packed, bytes_of(value_of(node)))
+    # The backward op copies the input even where it reads its shape alone.
+    copied = bytes_of(value_of(node.args[1])) if is_backward else 0  # type: ignore[arg-type]
+    return copied + max(bytes_of(read) + packed, bytes_of(value_of(node)))
 
 
 def _allocations(node: fx.Node, last: dict[fx.Node, int]) -> list[tuple[int, int]]:

@@ -91,7 +91,7 @@ class Pricing:
         return self.counted[key]
 
     def _count(self, node: fx.Node, op_class: OpClass) -> int:
-        first, second, *_ = (hints(value_of(operand).shape) for operand in node.all_input_nodes[:3])
+        first, second = (hints(value_of(operand).shape) for operand in (node.args + node.args)[:2])  # type: ignore[arg-type]
         if op_class is OpClass.ATTENTION:
             # Two products of queries with all keys or values.
             return int(4 * math.prod(first) * second[-2])
