@@ -15,7 +15,7 @@ from lrp_compiler.kernels.bits import pack_bits, pack_positive, pack_sign
 from lrp_compiler.kernels.pooling import window_offsets
 from lrp_compiler.kernels.randomness import generator_state
 from lrp_compiler.passes.deferral import REPLAY
-from lrp_compiler.passes.optable import OpClass, classify, op_name
+from lrp_compiler.passes.optable import OpClass, OpEntry, classify, op_name
 from lrp_compiler.passes.program import facts, value_of
 from lrp_compiler.passes.sizes import hints
 from lrp_compiler.passes.storage import bytes_of, shown
@@ -87,21 +87,22 @@ class Pricing:
         tensors = [value_of(operand) for operand in node.all_input_nodes]
         key = (node.target, tuple(hints(value.shape) for value in tensors if isinstance(value, torch.Tensor)))
         if key not in self.counted:
-            self.counted[key] = self._count(node, entry.op_class)
+            self.counted[key] = self._count(node, entry)
         return self.counted[key]
 
-    def _count(self, node: fx.Node, op_class: OpClass) -> int:
-        first, second = (hints(value_of(operand).shape) for operand in (node.args + node.args)[:2])  # type: ignore[arg-type]
-        if op_class is OpClass.ATTENTION:
+    def _count(self, node: fx.Node, entry: OpEntry) -> int:
+        if entry.op_class is OpClass.ATTENTION:
             # Two products of queries with all keys or values.
-            return int(4 * math.prod(first) * second[-2])
-        outputs = bytes_of(value_of(node)) // value_of(node).element_size()
+            return 4 * math.prod(_sizes(node.args[0])) * _sizes(node.args[1])[-2]
+        outputs = math.prod(hints(value_of(node).shape))
         if "conv" in op_name(node):
-            return int(2 * outputs * math.prod(second[1:]))
-        entry = classify(node)
-        assert entry is not None
-        factor: Any = node.args[entry.factors[0]]
-        return int(2 * outputs * hints(value_of(factor).shape)[-1])
+            return 2 * outputs * math.prod(_sizes(node.args[1])[1:])
+        return 2 * outputs * _sizes(node.args[entry.factors[0]])[-1]
+
+
+def _sizes(operand: Any) -> tuple[int, ...]:
+    """The shape of an operand in the captured call."""
+    return hints(value_of(operand).shape)
 
 
 def _moved(node: fx.Node) -> int:
