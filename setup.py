@@ -23,7 +23,7 @@ setup(
     package_dir={f"lrp_compiler.{folder}": folder for folder in SUBPACKAGES},
     package_data={"lrp_compiler": ["py.typed"]},
     entry_points={"console_scripts": ["lrp-compiler = lrp_compiler.cli:main"]},
-    install_requires=["torch>=2.11", "numpy"],
+    install_requires=["torch>=2.11", "numpy", "networkx"],
     extras_require={
         "dev": ["pytest", "pytest-xdist", "hypothesis", "expecttest", "mypy", "ruff"],
         "hf": ["transformers>=5"],

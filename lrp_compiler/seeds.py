@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,13 @@ Target = Any
 
 
 class Seed:
-    """A target that makes its own seed for an output."""
+    """A target that makes its own seed for an output.
+
+    One that asks for no more of the output than shape, dtype and device says so by ``reads_output = False``, so that
+    the output need not be held.
+    """
+
+    reads_output: ClassVar[bool] = True
 
     def seed(self, output: Tensor) -> Tensor:
         """The coefficients at ``output``, of its shape, dtype and device; raises TargetError."""
@@ -51,6 +57,8 @@ class Several:
 class Contrast(Seed):
     """One class against another: e_index - e_against; ``index`` and ``against`` as any class target."""
 
+    reads_output: ClassVar[bool] = False
+
     index: Any
     against: Any
 
@@ -64,6 +72,8 @@ class Token(Seed):
 
     Either is one number for every sample or one per sample; -1 is the last position.
     """
+
+    reads_output: ClassVar[bool] = False
 
     position: Index
     index: Index
@@ -83,6 +93,8 @@ class Token(Seed):
 @dataclass(frozen=True)
 class MeanContrast(Seed):
     """One entry against the mean of all N: e_index - 1/N over the last dimension (LXT's advice for GPT-2)."""
+
+    reads_output: ClassVar[bool] = False
 
     index: Any
 
@@ -142,6 +154,15 @@ class Span:
             raise TargetError(target=self, shape=shape, cause="Span needs an output with start_logits and end_logits")
         parts = [(output.start_logits, self.start), (output.end_logits, self.end)]
         return sum(((logits * one_hot(logits.detach(), index)).sum(-1) for logits, index in parts), torch.zeros(()))
+
+
+def reads_output(target: Target) -> bool:
+    """Whether the seed of a target depends on the values of the output, not on its shape alone."""
+    if isinstance(target, Several):
+        return any(reads_output(one) for one in target.targets)
+    if isinstance(target, Seed):
+        return target.reads_output
+    return callable(target) and not isinstance(target, Tensor)
 
 
 def seeds_for(

@@ -27,7 +27,7 @@ from lrp_compiler.passes.program import InputKind, Program, Reading, Request, fa
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.sizes import value_of_sizes
 from lrp_compiler.recording import Recording, Results, Sites
-from lrp_compiler.seeds import Several, Target, seeds_for
+from lrp_compiler.seeds import Several, Target, reads_output, seeds_for
 from lrp_compiler.sites import SiteRef, is_glob, matching_names, name_list, resolve_sites
 
 Names = str | list[str] | tuple[str, ...] | None
@@ -351,6 +351,8 @@ class Tape:
     ) -> tuple[Results, dict[int, Tensor]]:
         """Compile and run the relevance pass for one question."""
         self._recording.check_fresh()
+        if self._once and not reads_output(target):
+            self._recording.give_up_outputs()
         seeds = self._seeds(target, output, create_graph)
         masks = masks or {}
         if masks and (self._compiler.options.reference or self._compiler.options.verify != "off"):

@@ -10,29 +10,27 @@ from torch import fx
 
 from lrp_compiler.passes.lifetimes import footprint, last_reads, roots_of
 from lrp_compiler.passes.optable import schema_name
-from lrp_compiler.passes.program import Buffer, MemoryPlan, Program, facts, first_argument, module_path, value_of
-from lrp_compiler.passes.storage import bytes_of
+from lrp_compiler.passes.program import Buffer, MemoryPlan, Program, first_argument, module_path
 
 
 def plan_memory(program: Program) -> Program:
     """Complete the table of buffers by producers, lifetimes and shared memory, and predict the peak.
 
     Time is counted in ops: those of the forward graph, then those of the relevance graph. Values of the forward pass
-    are taken to be given up behind their last reader, as ``attribute`` does; a tape keeps them.
+    are taken to be given up behind their last reader, and outputs before the seed is made, as ``attribute`` does for a
+    class; a tape keeps them.
     """
     relevance = program.relevance_graph
     if relevance is None:
         return program
     forward = footprint(program.graph)
-    left = forward.left
-    seeds = sum(bytes_of(value_of(node)) for node in relevance.nodes if facts(node).part == "seed")
     inputs = {spec.node for spec in program.inputs}
     held = frozenset(node for node in relevance.nodes if node.op == "placeholder" and node.name not in inputs)
-    peaks = [left + seeds, footprint(relevance, held).peak]
+    peaks = [footprint(relevance, held).peak]
     if any(buffer.kind == "reference" for buffer in program.buffers):
         # The second run, on the baselines, finds what the first one kept.
-        peaks.append(left + forward.peak)
-    memory = MemoryPlan(forward.peak, max(peaks), left)
+        peaks.append(forward.left + forward.peak)
+    memory = MemoryPlan(forward.peak, max(peaks), forward.left)
     return program.having(buffers=_with_slots(_with_lifetimes(program, relevance)), memory=memory)
 
 
