@@ -30,7 +30,9 @@ def pack_bits(mask: Tensor) -> Tensor:
     missing = -flat.shape[0] % 8
     if missing:
         flat = F.pad(flat, (0, missing))
-    return (flat.view(torch.int64) * GATHER).bitwise_right_shift_(56).to(torch.uint8)
+    # Rows of eight, since a tensor of nothing may have any stride.
+    words = flat.view(flat.shape[0] // 8, 8).view(torch.int64).flatten()
+    return (words * GATHER).bitwise_right_shift_(56).to(torch.uint8)
 
 
 def _bytes(bits: Tensor, shape: Sequence[int]) -> Tensor:
@@ -53,6 +55,11 @@ def pack_positive(x: Tensor) -> Tensor:
 def unpack_positive(bits: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """1 where the packed tensor was not <= 0, else 0."""
     return _bytes(bits, shape).to(dtype)
+
+
+def unpack_quotient(bits: Tensor, shape: Sequence[int], dtype: torch.dtype, divisor: float) -> Tensor:
+    """1 / ``divisor`` where the packed tensor was not <= 0, else 0."""
+    return unpack_positive(bits, shape, dtype).div_(divisor)
 
 
 def pack_sign(x: Tensor) -> Tensor:

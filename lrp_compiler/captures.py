@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.hooks import refuse_hooks
 from lrp_compiler.passes.cast_explicitly import current_autocast, is_trained, without_autocast
 from lrp_compiler.passes.codegen import Executable
+from lrp_compiler.passes.draws import draws_numbers
 from lrp_compiler.passes.eager_failure import unsupported_argument
 from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
@@ -61,6 +62,11 @@ class CapturedCall:
     def binder(self) -> SizeBinder:
         """What tells the sizes of a call."""
         return SizeBinder(self.program)
+
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether the forward pass draws random numbers."""
+        return draws_numbers(self.program)
 
     @property
     def is_symbolic(self) -> bool:

@@ -7,17 +7,16 @@ from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.captures import CapturedCall, Captures
 from lrp_compiler.composites import AUTO, choose_composite, composite_named
 from lrp_compiler.options import Options
-from lrp_compiler.passes.branches import forward_nodes_everywhere
 from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
+from lrp_compiler.passes.draws import draws_numbers
 from lrp_compiler.passes.errors import OutputError, ReferenceModeError
 from lrp_compiler.passes.pipeline import Stage, emit, explain
 from lrp_compiler.passes.program import Constant, Program, Request, facts, is_float
@@ -45,8 +44,7 @@ class ExplainedCall:
     @cached_property
     def is_random(self) -> bool:
         """Whether the forward pass draws random numbers."""
-        seeded = torch.Tag.nondeterministic_seeded
-        return any(seeded in getattr(node.target, "tags", ()) for node in forward_nodes_everywhere(self.program))
+        return draws_numbers(self.program)
 
     def emitted(self, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """All stages and the code for ``request``, made at its first use."""

@@ -21,6 +21,7 @@ from lrp_compiler.passes.errors import ArgumentError, BaselineError, HookError, 
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import InputKind, Request, graph_inputs
 from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.random_numbers import DRAWING
 from lrp_compiler.recording import write_back
 from lrp_compiler.report import Report, make_report, measured_conservation
 from lrp_compiler.seeds import Predicted, Target
@@ -121,6 +122,9 @@ class LRPModule(nn.Module):
         name = self._composite if isinstance(self._composite, str) else self._composite.name
         return f"{type(self._model).__name__} explained by {name!r}"
 
+    # Its own, since torch puts another one into nn.Module while any thread traces.
+    __call__: Callable[..., Any] = nn.Module.__call__
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output, of the same type and bitwise equal, differentiable as ever."""
         if torch.compiler.is_compiling():
@@ -133,7 +137,7 @@ class LRPModule(nn.Module):
         program = call.forward.program
         inputs = graph_inputs(program, self._model, args, kwargs)
         sizes = call.sizes(args, kwargs)
-        with without_autocast():
+        with without_autocast(), DRAWING if call.is_random else contextlib.nullcontext():
             values = call.forward.forward(sizes, *inputs)
         outputs = len(values) - len(program.mutations)
         names = [spec.node for spec in program.inputs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from lrp_compiler.passes.errors import NoHistoryError, ReferenceModeError, Sizes
 from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result, is_float
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.sizes import Sizes
+from lrp_compiler.random_numbers import RandomNumbers, devices_of, draws_repeated
 
 _MAPPING = threading.Lock()
 """Filters of warnings belong to the process; two threads that change them at once would not put them back."""
@@ -66,7 +68,7 @@ class Recording:
         self._versions: dict[str, int | None] = {}
         self._leaves: list[Tensor] = []
         self._has_history = False
-        self._rng: Tensor | None = None
+        self._random: RandomNumbers | None = None
         self.sizes = Sizes()
 
     @property
@@ -84,8 +86,9 @@ class Recording:
         self._has_history = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.sizes = self._bound(inputs)
         self._inputs = _protected(self.program, inputs)
-        self._rng = torch.get_rng_state() if self._call.is_random else None
-        self._leaves, mutated, saved = _run_forward(executable, inputs, self.sizes)
+        self._random = RandomNumbers(devices_of(inputs)) if self._call.is_random else None
+        with self._random.drawn() if self._random is not None else nullcontext():
+            self._leaves, mutated, saved = _run_forward(executable, inputs, self.sizes)
         self._saved.add(saved, has_history=self._has_history)
         write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
         self._versions = {name: _version(value) for name, value in self._inputs.items()}
@@ -160,7 +163,7 @@ class Recording:
         if differentiable and not create_graph:
             values = [value.detach() if isinstance(value, Tensor) else value for value in values]
         recorded = differentiable or create_graph
-        with torch.set_grad_enabled(recorded), without_autocast():
+        with torch.set_grad_enabled(recorded), without_autocast(), draws_repeated():
             code = executable.differentiable if recorded else executable.relevance
             assert code is not None
             if mapped:
@@ -210,9 +213,9 @@ class Recording:
         # Baselines are the user's own: what history they have is theirs.
         self._references.add(self._reference_inputs, has_history=True)
 
-    def _random_numbers(self) -> _ReplayedRNG:
-        """A context in which the CPU generator repeats what the forward pass drew."""
-        return _ReplayedRNG(self._rng)
+    def _random_numbers(self) -> AbstractContextManager[None]:
+        """A context in which the generators repeat what the forward pass drew."""
+        return self._random.repeated() if self._random is not None else nullcontext()
 
     def check_fresh(self) -> None:
         """Raise StaleTapeError when an input or parameter changed since the forward pass."""
@@ -236,23 +239,6 @@ def _mapped(code: Callable[..., Any], values: list[Tensor], seeds: list[Tensor],
         warnings.filterwarnings("ignore", message=".*batching rule.*")
         # What the forward pass drew and relevance draws again is the same for all targets.
         return torch.vmap(code, in_dims=in_dims, randomness="same")(*values, *seeds, *masks)
-
-
-class _ReplayedRNG:
-    """Restore a generator state for the duration; None leaves the generator alone."""
-
-    def __init__(self, state: Tensor | None) -> None:
-        self._state = state
-        self._outer: Tensor | None = None
-
-    def __enter__(self) -> None:
-        if self._state is not None:
-            self._outer = torch.get_rng_state()
-            torch.set_rng_state(self._state)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._outer is not None:
-            torch.set_rng_state(self._outer)
 
 
 def _run_forward(

@@ -116,9 +116,14 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """Training dropout as eager computes it on this device: a random mask, scaled, times ``x``."""
     if p == 1:
         return x * torch.zeros_like(x)
-    kept: torch.Tensor = aten.bernoulli.p(x.detach(), 1 - p)
     if x.device.type == "cuda":
-        return x * kept * (1 / (1 - p))
+        drawn: torch.Tensor = aten.bernoulli.p(x.detach(), 1 - p)
+        return x * drawn * (1 / (1 - p))
+    if torch.empty_like(x).is_contiguous():
+        kept: torch.Tensor = aten.bernoulli.p(x.detach(), 1 - p)
+    else:
+        # Eager draws in the order of memory, the functional op in that of indices; this one draws as eager does.
+        kept = aten.native_dropout.default(torch.empty_like(x), p, True)[1].to(x.dtype)
     scaled: torch.Tensor = aten.div.Scalar(kept, 1 - p)
     return x * scaled
 

@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.data_dependence import refusal
 from lrp_compiler.passes.eager_failure import eager_failure
-from lrp_compiler.passes.errors import CaptureError, NoTensorsError, RecurrentError, user_source_of_trace
+from lrp_compiler.passes.errors import CaptureError, NoTensorsError, RecurrentError
 from lrp_compiler.passes.program import TRACING, Constant, InputKind, InputSpec, Program, learn
+from lrp_compiler.passes.source_lines import user_source_of_trace
 
 KINDS = {
     ExportKind.PARAMETER: InputKind.PARAMETER,

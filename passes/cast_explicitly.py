@@ -18,12 +18,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrp_compiler.passes.decompose import has_kernel, is_composite, is_opaque
-from lrp_compiler.passes.errors import AutocastError, user_source
+from lrp_compiler.passes.errors import AutocastError
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Program, is_float, tensor_of, value_of
 from lrp_compiler.passes.regions import AUTOCAST, AutocastRegion
 from lrp_compiler.passes.rewriter import Replacement, Rewriter
 from lrp_compiler.passes.sizes import with_numbers
+from lrp_compiler.passes.source_lines import user_source
 from lrp_compiler.passes.trace import fresh
 
 aten = torch.ops.aten

@@ -1,8 +1,8 @@
 """compress: what relevance reads of a forward value, where that is less than the value, gets a small form.
 
-A mask takes a bit per element, a pooling's winner a byte, a dropout mask the state of the random number generator; an
-argument that is read for its shape alone takes nothing. ``lower_promises`` decides what is kept: where a value is at
-hand anyway its small form is left out again.
+A mask takes a bit per element, a pooling's winner a byte, a dropout mask a bit or the state of the random number
+generator; an argument that is read for its shape alone takes nothing. ``lower_promises`` decides what is kept: where a
+value is at hand anyway its small form is left out again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from lrp_compiler.kernels.bits import (
     pack_sign,
     unpack_bits,
     unpack_positive,
+    unpack_quotient,
     unpack_sign,
 )
 from lrp_compiler.kernels.pooling import Geometry, indices_of_offsets, window_offsets
-from lrp_compiler.kernels.randomness import bernoulli_again, generator_state
-from lrp_compiler.passes.deferral import REPLAY, drop_dead_nodes, either, fixed_nodes
+from lrp_compiler.kernels.randomness import bernoulli_again, checksum_of_generator, generator_state
+from lrp_compiler.passes.deferral import GENERATOR_READERS, REPLAY, drop_dead_nodes, either, fixed_nodes
 from lrp_compiler.passes.emitter import promise
 from lrp_compiler.passes.optable import aten_names, schema_name
 from lrp_compiler.passes.program import (
@@ -67,6 +68,7 @@ class Packing:
 MASK = Packing(pack_bits, unpack_bits)
 POSITIVE = Packing(pack_positive, unpack_positive)
 SIGN = Packing(pack_sign, unpack_sign, planes=(2,))
+DRAWN = Packing(pack_positive, unpack_quotient)
 WINNERS = Packing(window_offsets, indices_of_offsets)
 
 SHAPE_ONLY: dict[str, tuple[int, ...]] = {
@@ -91,7 +93,7 @@ def compress(program: Program) -> Program:
     program = program.fork()
     _Compressor(program).run()
     # Generator states are read by no op until a draw has to be repeated.
-    drop_dead_nodes(program.graph, kept=generator_state)
+    drop_dead_nodes(program.graph, kept=GENERATOR_READERS)
     return program
 
 
@@ -154,12 +156,22 @@ class _Compressor:
             form: tuple[fx.Node, Packing, tuple[Any, ...]] = (node, MASK, ())
         elif node.target in SIGNS and not tensor_of(node).is_complex():
             form = (first_argument(node), SIGN, (tensor_of(node).dtype,))
+        elif node.target is promise and (drawn := _drawn(first_argument(node))) is not None:
+            form = (self.promised(drawn[0], node), DRAWN, (tensor_of(node).dtype, drawn[1]))
         elif node.target is promise and (pooled := _pooled(first_argument(node))) is not None:
             form = (node, WINNERS, pooled)
         else:
             return
         for reader in readers:
             reader.replace_input_with(node, self.packed(node, *form))
+
+    def promised(self, value: fx.Node, at: fx.Node) -> fx.Node:
+        """A promise of a forward value, in front of ``at``."""
+        with self.graph.inserting_before(at):
+            made = self.graph.call_function(promise, (value,))
+        made.meta = {"val": value_of(value), FACTS: Facts(part="promise", origin=value.name)}
+        self.fixed.add(made)
+        return made
 
     def packed(self, direct: fx.Node, source: fx.Node, packing: Packing, extra: tuple[Any, ...]) -> fx.Node:
         """Either ``direct`` or the same unpacked from what is packed of ``source``, written right behind it."""
@@ -184,22 +196,38 @@ class _Compressor:
         return made
 
     def make_repeatable(self, node: fx.Node) -> None:
-        """Note the generator's state in front of a draw, so that it can be made a second time."""
+        """Note the generator's state in front of a draw and its checksum behind, so that it can be made once more."""
         value = tensor_of(node)
         with self.graph.inserting_before(node):
-            name = f"generator_state_of_{node.name}"
-            state = self.graph.create_node("call_function", generator_state, (value.device,), name=name)
-        size = generator_state(value.device).shape
-        with self.program.fake_mode:
-            state.meta = {"val": torch.empty(size, dtype=torch.uint8), FACTS: Facts()}
+            state = self.generator_node(generator_state, f"generator_state_of_{node.name}", value.device)
+        with self.graph.inserting_after(node):
+            checksum = self.generator_node(checksum_of_generator, f"generator_checksum_of_{node.name}", value.device)
         layout = with_literals((list(value.shape), list(value.stride())))
-        node.meta[REPLAY] = (bernoulli_again, state.name, (node.args[1], *layout, value.dtype, value.device))
+        arguments = (node.args[1], *layout, value.dtype, value.device)
+        node.meta[REPLAY] = (bernoulli_again, (state.name, checksum.name), arguments)
+
+    def generator_node(self, target: Callable[..., Any], name: str, device: torch.device) -> fx.Node:
+        """A forward node that reads a device's random number generator."""
+        node = self.graph.create_node("call_function", target, (device,), name=name)
+        found = target(device)
+        with self.program.fake_mode:
+            node.meta = {"val": torch.empty(found.shape, dtype=found.dtype), FACTS: Facts()}
+        return node
 
 
 def _is_mask(node: fx.Node) -> bool:
     """Whether ``node`` is one tensor of truth values."""
     value = value_of(node)
     return isinstance(value, torch.Tensor) and value.dtype is torch.bool
+
+
+def _drawn(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """(the draw of zeros and ones, divisor) of which ``node`` is the quotient, as in dropout on CPU; else None."""
+    if node.target is aten.bernoulli.p:
+        return node, 1.0
+    if node.target is aten.div.Scalar and first_argument(node).target is aten.bernoulli.p:
+        return first_argument(node), node.args[1]  # type: ignore[return-value]
+    return None
 
 
 def _pooled(node: fx.Node) -> tuple[list[Any], Geometry] | None:

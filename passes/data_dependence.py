@@ -9,8 +9,9 @@ import torch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.passes.errors import DataDependentError, user_source
+from lrp_compiler.passes.errors import DataDependentError
 from lrp_compiler.passes.program import Program, facts, forward_nodes
+from lrp_compiler.passes.source_lines import user_source
 
 BRANCH = (
     "Write it with torch.cond(predicate, true_fn, false_fn, operands), or compute both sides and choose with"

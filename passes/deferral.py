@@ -7,12 +7,18 @@ from typing import Any
 import torch
 from torch import fx
 
+from lrp_compiler.kernels.randomness import checksum_of_generator, generator_state
 from lrp_compiler.passes.branches import Branches
+from lrp_compiler.passes.draws import draws
 from lrp_compiler.passes.emitter import promise, reference_promise
 from lrp_compiler.passes.program import facts
 
 REPLAY = "replay"
-"""Where ``node.meta`` of a draw holds (function, name of the generator's state, arguments): how to draw it again."""
+"""Where ``node.meta`` of a draw holds (function, names of what was read of the generator, arguments): how to repeat it.
+"""
+
+GENERATOR_READERS = (generator_state, checksum_of_generator)
+"""Functions that give what repeats a draw."""
 
 
 def either(direct: torch.Tensor, unpacked: torch.Tensor) -> torch.Tensor:
@@ -33,8 +39,7 @@ def fixed_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return not random and not isinstance(node.target, Branches)
+    return not draws(node) and not isinstance(node.target, Branches)
 
 
 def demanded_by(node: fx.Node, fixed: set[fx.Node]) -> list[fx.Node]:
@@ -44,12 +49,12 @@ def demanded_by(node: fx.Node, fixed: set[fx.Node]) -> list[fx.Node]:
     return [operand for operand in node.all_input_nodes if operand in fixed and facts(operand).part != "forward"]
 
 
-def drop_dead_nodes(graph: fx.Graph, kept: Any = None, named: frozenset[str] = frozenset()) -> None:
-    """Remove what nothing reads; of ops with side effects the forward's own stay, calls of ``kept`` and nodes named."""
+def drop_dead_nodes(graph: fx.Graph, kept: tuple[Any, ...] = (), named: frozenset[str] = frozenset()) -> None:
+    """Remove what nothing reads; of ops with side effects the forward's own stay, calls of ``kept`` and those named."""
 
     def stays(node: fx.Node) -> bool:
         is_forward = facts(node).part == "forward"
-        is_wanted = node.op in ("placeholder", "output") or node.target is kept or node.name in named
+        is_wanted = node.op in ("placeholder", "output") or node.target in kept or node.name in named
         return is_wanted or (is_forward and bool(node.is_impure()))
 
     graph.eliminate_dead_code(is_impure_node=stays)

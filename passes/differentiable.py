@@ -30,11 +30,12 @@ from lrp_compiler.kernels.norm_statistics import (
 from lrp_compiler.kernels.recurrent import pull_back
 from lrp_compiler.kernels.scan import scan_transpose
 from lrp_compiler.passes.branches import ConditionalRelevance
-from lrp_compiler.passes.errors import NotDifferentiableError, user_source
+from lrp_compiler.passes.errors import NotDifferentiableError
 from lrp_compiler.passes.optable import GROUPED_PRODUCT, OpClass, classify, schema_name
 from lrp_compiler.passes.program import InputKind, Program, copy_graph, facts, is_float, value_of
 from lrp_compiler.passes.share_memory import IN_PLACE
 from lrp_compiler.passes.sizes import at_hints, hints
+from lrp_compiler.passes.source_lines import user_source
 
 aten = torch.ops.aten
 

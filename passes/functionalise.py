@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.branches import Branches
 from lrp_compiler.passes.canonicalise import bound
-from lrp_compiler.passes.errors import UnsupportedMutationError, user_source
+from lrp_compiler.passes.errors import UnsupportedMutationError
 from lrp_compiler.passes.program import Constant, Mutation, Program, return_values, value_of
 from lrp_compiler.passes.sizes import with_literals, with_numbers
+from lrp_compiler.passes.source_lines import user_source
 
 aten = torch.ops.aten
 PERMUTING = frozenset({"aten::transpose", "aten::permute", "aten::t", "aten::movedim", "aten::swapaxes"})

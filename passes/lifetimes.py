@@ -15,6 +15,7 @@ from lrp_compiler.kernels.bits import (
     pack_sign,
     unpack_bits,
     unpack_positive,
+    unpack_quotient,
     unpack_sign,
 )
 from lrp_compiler.kernels.pooling import indices_of_offsets, window_offsets
@@ -94,6 +95,7 @@ PACKING_MEMORY: dict[object, int] = {
     pack_sign: 9,
     unpack_bits: 16,
     unpack_positive: 16,
+    unpack_quotient: 16,
     unpack_sign: 16,
     window_offsets: 24,
     indices_of_offsets: 24,

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lrp_compiler.kernels.randomness import generator_state
 from lrp_compiler.passes.budget import MemoryGoal, values_to_keep
-from lrp_compiler.passes.deferral import REPLAY, drop_dead_nodes, either
+from lrp_compiler.passes.deferral import GENERATOR_READERS, REPLAY, drop_dead_nodes, either
 from lrp_compiler.passes.emitter import promise, reference_promise
 from lrp_compiler.passes.program import (
     FACTS,
@@ -62,7 +61,7 @@ class _Lowering:
         for node in self.readers():
             for operand in node.all_input_nodes:
                 node.replace_input_with(operand, self.chosen(operand))
-        drop_dead_nodes(self.graph, kept=generator_state, named=recorded)
+        drop_dead_nodes(self.graph, kept=GENERATOR_READERS, named=recorded)
         for node in self.readers():
             for operand in [operand for operand in node.all_input_nodes if operand.target is promise]:
                 node.replace_input_with(operand, self.forward_value(first_argument(operand), node))
@@ -108,9 +107,9 @@ class _Lowering:
         if REPLAY not in value.meta:
             operands = {operand: self.again.get(operand, operand) for operand in value.all_input_nodes}
             return self.copied(value, at, operands)
-        function, state, arguments = value.meta[REPLAY]
+        function, names, arguments = value.meta[REPLAY]
         with self.graph.inserting_before(at):
-            made = self.graph.call_function(function, (self.nodes[state], *arguments))
+            made = self.graph.call_function(function, (*(self.nodes[name] for name in names), *arguments))
         made.meta = {"val": value_of(value), FACTS: Facts(part="relevance", origin=value.name)}
         return made
 

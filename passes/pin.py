@@ -14,8 +14,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.data_dependence import SIZE, is_unsized
-from lrp_compiler.passes.errors import CaptureError, DataDependentError, user_source
+from lrp_compiler.passes.errors import CaptureError, DataDependentError
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Pin, Program, graph_inputs, is_float, value_of
+from lrp_compiler.passes.source_lines import user_source
 
 READERS = frozenset({torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default})
 

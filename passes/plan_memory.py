@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import heapq
 import operator
 from dataclasses import replace
 from types import FunctionType
@@ -63,16 +65,24 @@ def _producer(node: fx.Node) -> str:
 
 def _with_slots(buffers: list[Buffer]) -> tuple[Buffer, ...]:
     """Number the memories: a buffer takes the smallest one it fits in whose last reader has run when it is written."""
-    slots: list[tuple[int, int]] = []
+    sizes: list[int] = []
+    busy: list[tuple[int, int]] = []
+    free: list[tuple[int, int]] = []
     numbers: dict[str, int] = {}
     for buffer in sorted(buffers, key=lambda one: (one.first_write, one.name)):
         if buffer.bytes == 0:
             continue
-        free = [(size, number) for number, (size, end) in enumerate(slots) if end < buffer.first_write]
-        fitting = [found for found in free if found[0] >= buffer.bytes]
-        # Where none is large enough, the largest one that is free grows.
-        number = min(fitting)[1] if fitting else max(free)[1] if free else len(slots)
-        size = max(buffer.bytes, slots[number][0]) if number < len(slots) else buffer.bytes
-        slots[number : number + 1] = [(size, buffer.last_read)]
+        while busy and busy[0][0] < buffer.first_write:
+            number = heapq.heappop(busy)[1]
+            bisect.insort(free, (sizes[number], number))
+        if free:
+            # Where none is large enough, the largest one that is free grows.
+            place = min(bisect.bisect_left(free, (buffer.bytes, 0)), len(free) - 1)
+            number = free.pop(place)[1]
+            sizes[number] = max(buffer.bytes, sizes[number])
+        else:
+            number = len(sizes)
+            sizes.append(buffer.bytes)
+        heapq.heappush(busy, (buffer.last_read, number))
         numbers[buffer.holder] = number
     return tuple(replace(buffer, slot=numbers.get(buffer.holder)) for buffer in buffers)

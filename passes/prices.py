@@ -13,8 +13,8 @@ from torch import fx
 
 from lrp_compiler.kernels.bits import pack_bits, pack_positive, pack_sign
 from lrp_compiler.kernels.pooling import window_offsets
-from lrp_compiler.kernels.randomness import generator_state
-from lrp_compiler.passes.deferral import REPLAY
+from lrp_compiler.passes.deferral import GENERATOR_READERS, REPLAY
+from lrp_compiler.passes.draws import draws
 from lrp_compiler.passes.optable import OpClass, OpEntry, classify, op_name
 from lrp_compiler.passes.program import facts, value_of
 from lrp_compiler.passes.sizes import hints
@@ -31,15 +31,16 @@ FLOPS_PER_BYTE_OF_OTHERS = {OpClass.RECURRENT: 1000}
 
 @dataclass(frozen=True)
 class Prices:
-    """How much memory traffic one is ready to pay for a byte not kept, and what a call and a flop cost.
+    """How much memory traffic one is ready to pay for a byte not kept, and what a call, a flop and a draw cost.
 
     A processor moves about 10 GB/s while it computes 100 GFlop/s and takes 5 us per op, on two cores as on an
-    accelerator a hundred times faster; only these ratios matter.
+    accelerator a hundred times faster, and 9 ns to draw a number; only these ratios matter.
     """
 
     kept_byte: float = 4.0
     call: float = 65536.0
     flop: float = 0.1
+    draw: float = 90.0
 
 
 @dataclass
@@ -69,9 +70,9 @@ class Pricing:
             return 0
         if REPLAY not in node.meta and not is_repeatable(node):
             return None
-        # What is drawn again is drawn of nothing.
-        moved = bytes_of(value_of(node)) if REPLAY in node.meta else _moved(node)
-        return int(self.prices.call + moved + self.prices.flop * self.flops(node))
+        if REPLAY in node.meta:
+            return int(self.prices.call + self.prices.draw * math.prod(hints(value_of(node).shape)))
+        return int(self.prices.call + _moved(node) + self.prices.flop * self.flops(node))
 
     def never_pays(self, node: fx.Node, recompute: int) -> bool:
         """Whether keeping all that an op makes is no dearer than running it again, its operands left aside."""
@@ -114,16 +115,6 @@ def is_repeatable(node: fx.Node) -> bool:
     """Whether an op gives the same value when run again: torch's own, and draws from a generator of known state."""
     if REPLAY in node.meta or node.target is operator.getitem:
         return True
-    if node.target is generator_state or not isinstance(node.target, torch._ops.OpOverload):
+    if node.target in GENERATOR_READERS or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    is_random = torch.Tag.nondeterministic_seeded in node.target.tags and not _draws_nothing(node)
-    return node.target.namespace == "aten" and not is_random and not node.target._schema.is_mutable
-
-
-def _draws_nothing(node: fx.Node) -> bool:
-    """Whether an attention op, which can drop weights out, is told to drop none."""
-    if "attention" not in op_name(node):
-        return False
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    place = names.index("dropout_p")
-    return bool((node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", 0.0)) == 0.0)
+    return node.target.namespace == "aten" and not draws(node) and not node.target._schema.is_mutable

@@ -10,8 +10,8 @@ from torch import fx
 
 from lrp_compiler.passes.branches import SIDES, Branches, ConditionalRelevance
 from lrp_compiler.passes.emitter import PROMISES
-from lrp_compiler.passes.errors import user_source
 from lrp_compiler.passes.program import Program, facts, module_path, output_node
+from lrp_compiler.passes.source_lines import user_source
 
 DTYPES = {
     torch.float32: "f32",

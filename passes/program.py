@@ -331,8 +331,14 @@ def live_value(model: torch.nn.Module, spec: InputSpec) -> torch.Tensor:
     if spec.kind is InputKind.CONSTANT:
         assert spec.constant is not None
         return spec.constant
-    owner, _, name = spec.target.rpartition(".")
-    value: torch.Tensor = getattr(model.get_submodule(owner), name)
+    *path, name = spec.target.split(".")
+    for child in path:
+        model = model._modules[child]  # type: ignore[assignment]
+    # From where a module keeps them: while another thread traces, torch looks into every access of an attribute.
+    for kept in (model._parameters, model._buffers):
+        if name in kept:
+            return kept[name]  # type: ignore[return-value]
+    value: torch.Tensor = getattr(model, name)
     return value
 
 

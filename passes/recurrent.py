@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from lrp_compiler.kernels.recurrent import recurrent_pullback
-from lrp_compiler.passes.errors import RecurrentError, user_source
+from lrp_compiler.passes.errors import RecurrentError
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import op_name
+from lrp_compiler.passes.source_lines import user_source
 
 if TYPE_CHECKING:
     from lrp_compiler.passes.site import Site

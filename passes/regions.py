@@ -8,8 +8,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.passes.errors import RegionError, user_source
+from lrp_compiler.passes.errors import RegionError
 from lrp_compiler.passes.program import Constant, InputKind, InputSpec, Program, learn, output_node
+from lrp_compiler.passes.source_lines import user_source
 
 COND_REGION = "cond"
 AUTOCAST_REGION = "wrap_with_autocast"

@@ -21,11 +21,11 @@ NOTHING: frozenset[fx.Node] = frozenset()
 class Demands:
     """What relevance reads that no seed changes: (place among the relevance ops, value), in order.
 
-    ``states`` are the nodes that hold states of random number generators, by name.
+    ``generators`` are the nodes that read random number generators, by name.
     """
 
     readings: tuple[tuple[int, fx.Node], ...]
-    states: Mapping[str, fx.Node]
+    generators: Mapping[str, fx.Node]
 
     @property
     def values(self) -> list[fx.Node]:
@@ -38,7 +38,7 @@ class Demands:
             # At no price: where the small form is made on this side, the value itself is read.
             read = [node.args[1]]
         elif REPLAY in node.meta:
-            read = [self.states[node.meta[REPLAY][1]]]
+            read = [self.generators[name] for name in node.meta[REPLAY][1]]
         else:
             read = list(node.all_input_nodes)
         values = map(_without_promise, read)  # type: ignore[arg-type]
@@ -53,8 +53,8 @@ def demands_of(graph: fx.Graph) -> Demands:
         if node.op == "output" or facts(node).part == "relevance":
             values = map(_without_promise, demanded_by(node, fixed))
             readings += [(place, value) for value in values if value.op != "placeholder"]
-    drawn = {node.meta[REPLAY][1] for node in graph.nodes if REPLAY in node.meta}
-    return Demands(tuple(readings), {node.name: node for node in graph.nodes if node.name in drawn})
+    noted = {name for node in graph.nodes if REPLAY in node.meta for name in node.meta[REPLAY][1]}
+    return Demands(tuple(readings), {node.name: node for node in graph.nodes if node.name in noted})
 
 
 def retained(

@@ -10,12 +10,13 @@ import torch
 from torch import fx
 
 from lrp_compiler.passes.emitter import RelevanceEmitter
-from lrp_compiler.passes.errors import DerivativeError, user_source
+from lrp_compiler.passes.errors import DerivativeError
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.optable import OpClass
 from lrp_compiler.passes.program import FACTS, Facts, facts, is_float, value_of
 from lrp_compiler.passes.rule_tensors import tensor_name
 from lrp_compiler.passes.rules.base import Edges
+from lrp_compiler.passes.source_lines import user_source
 from lrp_compiler.passes.transposes import TRANSPOSES
 from lrp_compiler.passes.vjp import linear_remainder, pullback
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.optable import aten_names, schema_name
@@ -70,10 +71,15 @@ def base_of(node: fx.Node) -> fx.Node:
 
 
 def bytes_of(value: Any) -> int:
-    """What a value takes (in the captured call, where sizes differ): a tensor's elements, eight for a number."""
+    """What a value takes (in the captured call, where sizes differ): a tensor's elements, eight for a number.
+
+    Of a tensor whose size the data decides it is not known ahead: 0.
+    """
     if isinstance(value, (tuple, list)):
         return sum(map(bytes_of, value))
     if not isinstance(value, torch.Tensor):
         # A number (an item, a predicate); an absent output takes nothing.
         return 0 if value is None else 8
+    if free_unbacked_symbols(value):
+        return 0
     return math.prod(hints(value.shape)) * value.element_size()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrp_compiler.passes.errors import DerivativeError, user_source
+from lrp_compiler.passes.errors import DerivativeError
 from lrp_compiler.passes.rules.base import Edges, Rule
 from lrp_compiler.passes.site import Site
+from lrp_compiler.passes.source_lines import user_source
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -255,6 +256,38 @@ def halved(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
     return made
 
 
+CALLS = itertools.count()
+
+
+@torch.library.custom_op("lrp_tests::disturbs", mutates_args=())
+def disturbs(x: Tensor) -> Tensor:
+    """Draws more random numbers at every call, as another thread might do meanwhile."""
+    torch.rand(next(CALLS))
+    return x.clone()
+
+
+@disturbs.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Disturbed(nn.Module):
+    """Drops out while the generator is used from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(3, 3), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return disturbs(self.drop(self.linear(x)))
+
+
+def drawn_twice() -> Any:
+    rules = {torch.ops.lrp_tests.disturbs: lambda c, out, x: c}
+    tape = compile_for_lrp(Disturbed().train(), "epsilon", rules=rules).run(X)[1]
+    return tape.activations("linear")
+
+
 def branching(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
     return c if x.sum() > 0 else -c
 
@@ -408,6 +441,13 @@ CASES += [
         errors.NotDifferentiableError,
         ["lrp_tests::halved", "relu", "Ask without create_graph"],
     ),
+    (
+        "recompute",
+        lambda: compile_for_lrp(mlp(), recompute=["layers.*"]).attribute(X, 0),
+        errors.RecomputeError,
+        ["recompute='layers.*'", "no module", "Modules: "],
+    ),
+    ("draws between", drawn_twice, errors.RandomNumbersError, ["drawn in between", "other threads"]),
     ("training", lambda: fit_patterns(mlp(), [X]), errors.PatternFitError, ["training mode", "model.eval()"]),
     ("region", lambda: compile_for_lrp(Maps())(X), errors.RegionError, ["vmap", "test_messages.py"]),
     ("autocast", lambda: compile_for_lrp(Casts())(X), errors.AutocastError, ["aten::lstm", "self.cell(x)", "'cpu'"]),

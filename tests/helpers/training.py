@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -73,3 +75,19 @@ def differing(first: Any, second: Any) -> list[str]:
 
 def _same(first: Any, second: Any) -> bool:
     return torch.equal(first, second) if isinstance(first, Tensor) else bool(first == second)
+
+
+THREADS = 8
+"""How many call one compiled module at once."""
+
+
+def together(works: list[Callable[[], Any]]) -> list[Any]:
+    """The results of all works, started at once, each in a thread of its own."""
+    start = threading.Barrier(len(works))
+
+    def begin(work: Callable[[], Any]) -> Any:
+        start.wait(timeout=60)
+        return work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return list(pool.map(begin, works))

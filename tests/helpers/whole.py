@@ -15,6 +15,7 @@ from lrp_compiler.captures import Captures
 from lrp_compiler.compiled import Compiler, ExplainedCall
 from lrp_compiler.options import Options
 from lrp_compiler.passes.branches import Conditional, ConditionalRelevance, operand_names, rule_tensors
+from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.emitter import promise, reference_promise
 from lrp_compiler.passes.lower_promises import lower_promises
@@ -54,7 +55,7 @@ class PricedCompiler(Compiler):
                 history = run(one, history)
             self.priceless[key] = (explained, history)
         if (*key, self.prices) not in self.made:
-            history = run(lower_promises, self.priceless[key][1], self.prices)
+            history = run(lower_promises, self.priceless[key][1], MemoryGoal(prices=self.prices))
             for one in EMIT[before + 1 :]:
                 history = run(one, history)
             self.made[*key, self.prices] = (history, generate(history[-1].program))

@@ -28,14 +28,21 @@ class Pooling:
     ceil_mode: bool
 
     def fits(self) -> bool:
-        """Whether every window begins inside the padded input and leaves something to pick from."""
+        """Whether every window fits into the padded input and meets the input itself: torch's pick is none else."""
         reach = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
-        return all(r <= n + 2 * p for r, n, p in zip(reach, self.sizes, self.padding, strict=True))
+        fits = all(r <= n + 2 * p for r, n, p in zip(reach, self.sizes, self.padding, strict=True))
+        return fits and bool(self.pooled(torch.zeros(1, *self.sizes))[0].isfinite().all())
 
     def winners(self, x: Tensor) -> Tensor:
         """The flat indices that torch's own pooling returns."""
+        return self.pooled(x)[1]
+
+    def pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What torch's own pooling returns: values and indices."""
         geometry = (self.kernel, self.stride, self.padding, self.dilation)
-        found: Tensor = POOLS[len(self.sizes)](x, *geometry, ceil_mode=self.ceil_mode, return_indices=True)[1]
+        found: tuple[Tensor, Tensor] = POOLS[len(self.sizes)](
+            x, *geometry, ceil_mode=self.ceil_mode, return_indices=True
+        )
         return found
 
 

@@ -118,8 +118,8 @@ def test_a_draw_can_be_made_a_second_time(p: float) -> None:
     assert [node.target for node in draws] == [aten.bernoulli.p] * 2
     nodes = program.nodes_by_name()
     for node in draws:
-        function, state, arguments = node.meta[REPLAY]
-        assert torch.equal(function(values[nodes[state]], *arguments), values[node])
+        function, names, arguments = node.meta[REPLAY]
+        assert torch.equal(function(*(values[nodes[name]] for name in names), *arguments), values[node])
 
 
 X = torch.randn(2, 3, 6, 7)

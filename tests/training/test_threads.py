@@ -5,31 +5,17 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import zoo
 from torch import nn
-from training import identical
+from training import THREADS, identical, together
 
 from lrp_compiler import LRPModule, compile_for_lrp
 
-THREADS = 8
 PARTS = {"bert": ("attention", "intermediate", "output.dense"), "llama": ("self_attn", "mlp", "mlp.up_proj")}
-
-
-def together(works: list[Callable[[], Any]]) -> list[Any]:
-    """The results of all works, started at once, each in a thread of its own."""
-    start = threading.Barrier(len(works))
-
-    def begin(work: Callable[[], Any]) -> Any:
-        start.wait(timeout=60)
-        return work()
-
-    with ThreadPoolExecutor(len(works)) as pool:
-        return list(pool.map(begin, works))
 
 
 def asked(explained: LRPModule, x: torch.Tensor, target: int) -> list[Any]:
