@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.baselines import Baseline, Baselines, named_inputs, reference_inputs
@@ -127,7 +128,7 @@ class LRPModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output, of the same type and bitwise equal, differentiable as ever."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() or _is_exported():
             return self._model(*args, **kwargs)
         kwargs = dict(sorted(kwargs.items()))
         try:
@@ -305,6 +306,11 @@ class LRPModule(nn.Module):
         """The names of the argument leaves, as the model's forward calls them."""
         program = self._compiler.call(self._model, args, kwargs).program
         return [spec.target for spec in program.inputs if spec.kind is InputKind.USER]
+
+
+def _is_exported() -> bool:
+    """Whether this thread runs under torch.export; torch's flag alone says that some thread does."""
+    return torch.compiler.is_compiling() and detect_fake_mode() is not None
 
 
 def _as_names(names: Names) -> tuple[str, ...] | None:

@@ -13,9 +13,13 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
-# CI draws the same examples every time; elsewhere every run searches anew.
-settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=40)
-settings.load_profile("here")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """CI draws the same examples every time, elsewhere every run searches anew: longer where slow tests run too."""
+    examples = 15 if "not slow" in config.option.markexpr else 60
+    settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=examples)
+    settings.load_profile("here")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
