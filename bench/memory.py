@@ -131,9 +131,11 @@ def depth_lines_of(rows: list[Row]) -> list[list[str]]:
 
 TEXT = """# Memory of relevance, AttnLRP against input x gradient
 
-`python bench/memory.py --repeats {repeats}` on {machine}; random weights, float32, batch 1. Peak is what torch's
-allocator hands out above weights and inputs, forward and relevance together; predicted is what the plan says before the
-call, working memory inside ops left out except that of convolutions and packing.
+`python bench/memory.py --repeats {repeats}` on {machine}.
+
+Random weights, float32, batch 1. Peak is what torch's allocator hands out above weights and inputs, forward and
+relevance together; predicted is what the plan says before the call, working memory inside ops left out except that of
+convolutions and packing.
 
 {providers}
 
