@@ -9,17 +9,16 @@ logarithms; 1 is linear. The two networks whose time has a bound are timed besid
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import transformers
+from harness import command, machine, markdown, write
 from published import THE_15
 from torch import Tensor, nn
 
@@ -114,7 +113,7 @@ def chains(sizes: list[int]) -> str:
     series = {name: [column[name] for column in columns] for name in names} | totals
     rows = [[name, *(f"{ms:,.1f}" for ms in row), f"{exponent(nodes, row):.2f}"] for name, row in series.items()]
     rows.append(["all, per node", *(f"{ms / n:.2f}" for ms, n in zip(totals["all"], nodes, strict=True)), ""])
-    return table(("pass", *(f"{n:,} nodes" for n in nodes), "exponent"), rows)
+    return markdown(("pass", *(f"{n:,} nodes" for n in nodes), "exponent"), rows)
 
 
 def bounded() -> str:
@@ -128,22 +127,12 @@ def bounded() -> str:
         seconds = (time.perf_counter() - start, sum(spent.values()) / 1e3, spent["capture"] / 1e3)
         limit = f"{LIMITS[published.name]}"
         rows.append([published.name, call.size, f"{nodes:,}", *(f"{second:.2f}" for second in seconds), limit])
-    return table(("network", "input", "nodes", "wall s", "processor s", "of it capture", "limit s"), rows)
+    return markdown(("network", "input", "nodes", "wall s", "processor s", "of it capture", "limit s"), rows)
 
 
-def table(header: tuple[str, ...], rows: list[list[str]]) -> str:
-    """Rows as a markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [list(header), ["---"] * len(header), *rows])
-
-
-def machine() -> str:
+def where() -> str:
     """What the times were measured on."""
-    cpu = platform.processor() or platform.machine()
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return (
-        f"{cpu}, python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    return machine(python=platform.python_version(), transformers=transformers.__version__)
 
 
 TEXT = """# Compile time
@@ -166,16 +155,14 @@ Wall time depends on what else the machine does, processor time less so.
 
 def main() -> None:
     """Measure, and print or write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write compile_time.md into this folder")
+    parser = command(__doc__, "write compile_time.md into this folder")
     parser.add_argument("--nodes", type=int, nargs="+", default=list(SIZES), help="sizes of the chains")
     options = parser.parse_args()
     # First, before the long chains fill the memory that each full garbage collection looks through.
     networks = bounded()
-    text = TEXT.format(machine=machine(), chains=chains(options.nodes), bounded=networks)
+    text = TEXT.format(machine=where(), chains=chains(options.nodes), bounded=networks)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "compile_time.md").write_text(text, encoding="utf-8")
+        write(options.out / "compile_time.md", text)
     else:
         print(text)
 

@@ -9,14 +9,13 @@ that is there shows full coverage.
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from compile_time import COMPOSITE, compiled, machine, table
+from compile_time import COMPOSITE, compiled, where
+from harness import command, markdown, write
 from published import FINE_TUNED, THE_15, Published
 from torch import fx
 
@@ -142,13 +141,15 @@ def promise_row(m: Measured) -> list[str]:
     theirs, report = THEIRS[m.published.name], m.report
     kinds = Counter(buffer.kind for buffer in report.buffers)
     between = {name for demand in m.demands for name in demand.between}
-    before = [f"{report.demanded:,}", f"{len(between):,}", f"{sum(demand.steps for demand in m.demands):,}"]
-    density = f"{report.demanded / report.forward_ops:.3f}"
+    before = [f"{report.demanded:,}", f"{len(between):,}", f"{report.delta:,}", f"{report.rho:.3f}"]
     after = [f"{report.still_demanded:,}", f"{report.still_demanded / report.forward_ops:.3f}"]
-    kept = [f"{kinds[kind]:,}" for kind in ("saved", "view", "free")] + [f"{report.saved_bytes / 2**20:,.1f}"]
+    kept = [*(f"{kinds[kind]:,}" for kind in KINDS), f"{report.saved_bytes / 2**20:,.1f}"]
     figures = [theirs.promises, theirs.internal, theirs.delta, theirs.density, theirs.total]
-    return [m.published.name, str(m.published.d_model), m.published.depth, *figures, *before, density, *after, *kept]
+    return [m.published.name, str(m.published.d_model), m.published.depth, *figures, *before, *after, *kept]
 
+
+KINDS = ("saved", "compressed", "recomputed", "view", "free")
+"""What promises are lowered to (``Buffer`` in ``passes/program.py``)."""
 
 PROMISES = (
     "model",
@@ -165,10 +166,9 @@ PROMISES = (
     "ρ",
     "ours, after: demanded",
     "ρ",
-    "values read: saved",
-    "view",
-    "free",
-    "saved MiB",
+    f"values read: {KINDS[0]}",
+    *KINDS[1:],
+    "kept MiB",
 )
 
 
@@ -230,7 +230,9 @@ figure for RoBERTa-large is less than two branches for each of its 24 x (6 biase
 What is still read after is what relevance that passed a sigmoid gate is divided by when it becomes a coefficient again.
 
 The remaining columns are all forward values that the relevance graph reads: most of them (gates of activations, factors
-of products, statistics of norms) autograd keeps as well; free ones are inputs and parameters, views cost nothing.
+of products, statistics of norms) autograd keeps as well. Free ones are inputs, parameters and outputs, and views of
+what is kept cost nothing; of a compressed one less is kept (a bit for each sign, say), a recomputed one is made once
+more for relevance. Kept is what saved and compressed ones take.
 
 ## Processor time, milliseconds
 
@@ -248,12 +250,12 @@ def document(rows: list[Measured]) -> str:
     missing, live = sum(m.uncovered.total() for m in the_15), sum(m.live.total() for m in the_15)
 
     def made(header: tuple[str, ...], row: Callable[[Measured], list[str]], of: list[Measured]) -> str:
-        return table(header, [row(m) for m in of])
+        return markdown(header, [row(m) for m in of])
 
     same = [m.published.name for m in rows if f"{m.report.demanded:,}" == THEIRS[m.published.name].promises]
     return TEXT.format(
         composite=COMPOSITE,
-        machine=machine(),
+        machine=where(),
         coverage=made(COVERAGE, coverage_row, the_15),
         sum_covered=f"{live - missing:,}/{live:,}",
         sum_forward=f"{sum(m.report.forward_ops for m in the_15):,}",
@@ -268,14 +270,13 @@ def document(rows: list[Measured]) -> str:
 def main() -> None:
     """Measure, and print or write the tables."""
     names = [published.name for published in (*THE_15, FINE_TUNED)]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the tables to this file")
+    parser = command(__doc__, "write the tables to this file")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="models by name")
     options = parser.parse_args()
     torch.manual_seed(0)
     rows = [measure(published) for published in (*THE_15, FINE_TUNED) if published.name in options.only]
     if options.out:
-        options.out.write_text(document(rows), encoding="utf-8")
+        write(options.out, document(rows))
     else:
         print(document(rows))
 

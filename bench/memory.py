@@ -9,28 +9,24 @@ batch 1. Times are medians of interleaved calls, for what a setting costs.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import platform
+import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from harness import command, in_turns, machine, markdown, show, write, write_csv
+from torch import Tensor
+from workloads import Workload, encoder, gpt2, input_x_gradient, resnet, vit
 
 from lrp_compiler import LRPModule, compile_for_lrp
 from lrp_compiler.memory import allocated_peak
 
-TARGET = 3
+WORKLOADS = (vit, gpt2, resnet)
 SETTINGS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, memory_budget=0.5": {"memory_budget": 0.5},
@@ -38,71 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ours, memory_budget=0": {"memory_budget": 0.0},
 }
 DEPTHS = (4, 8, 16, 32, 64)
-
-
-@dataclass
-class Workload:
-    """A model of float inputs whose output ``pick`` chooses what is explained; ``blocks`` matches its layers."""
-
-    name: str
-    model: nn.Module
-    x: Tensor
-    target: Any
-    blocks: str
-
-
-class Logits(nn.Module):
-    """A Hugging Face model as tensor -> logits."""
-
-    def __init__(self, model: nn.Module, argument: str, **options: Any) -> None:
-        super().__init__()
-        self.model, self.argument, self.options = model, argument, options
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(**{self.argument: x}, **self.options).logits
-        return logits
-
-
-def vit() -> Workload:
-    """ViT-B/16 at 224 px."""
-    model = Logits(transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)), "pixel_values")
-    return Workload("ViT-B/16", model.eval(), torch.randn(1, 3, 224, 224), TARGET, "model.vit.layers.*")
-
-
-def gpt2() -> Workload:
-    """GPT-2 of 12 layers from embeddings of 128 tokens, the last token's logit."""
-    model = Logits(transformers.GPT2LMHeadModel(transformers.GPT2Config()), "inputs_embeds", use_cache=False)
-    x = 0.02 * torch.randn(1, 128, 768)
-    return Workload("GPT-2, 128 tokens", model.eval(), x, (-1, TARGET), "model.transformer.h.*")
-
-
-def resnet() -> Workload:
-    """ResNet-50 at 224 px."""
-    model = Logits(
-        transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000)), "pixel_values"
-    )
-    return Workload(
-        "ResNet-50", model.eval(), torch.randn(1, 3, 224, 224), TARGET, "model.resnet.encoder.stages.*.layers.*"
-    )
-
-
-WORKLOADS = (vit, gpt2, resnet)
-
-
-def encoder(depth: int) -> Workload:
-    """A transformer encoder of small width whose layers can be any number."""
-    layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
-    stack = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-    model = nn.Sequential(stack, nn.Flatten(), nn.Linear(64 * 256, 10)).eval()
-    return Workload(f"{depth} layers", model, torch.randn(1, 256, 64), TARGET, "0.layers.*")
-
-
-def input_x_gradient(work: Workload) -> Tensor:
-    """The bar: autograd's gradient of the logit times the input."""
-    leaf = work.x.clone().requires_grad_()
-    chosen = work.target if isinstance(work.target, tuple) else (work.target,)
-    (gradient,) = torch.autograd.grad(work.model(leaf)[(slice(None), *chosen)].sum(), leaf)
-    return gradient * work.x
+EAGER, FROZEN = "eager input x gradient", "the same, frozen parameters"
 
 
 def with_frozen_parameters(work: Workload) -> Tensor:
@@ -119,7 +51,7 @@ def with_frozen_parameters(work: Workload) -> Tensor:
 
 def compiled(work: Workload) -> dict[str, LRPModule]:
     """Ours in every setting; per-block recomputation is what activation checkpointing does."""
-    settings = {**SETTINGS, f"ours, recompute=['{work.blocks}']": {"recompute": [work.blocks]}}
+    settings = {**SETTINGS, f"ours, recompute=['{work.layers}']": {"recompute": [work.layers]}}
     return {name: compile_for_lrp(work.model, "attnlrp", **options) for name, options in settings.items()}
 
 
@@ -146,19 +78,11 @@ def measure(work: Workload, repeats: int) -> list[Row]:
     if not agree(work, settings):
         sys.exit(f"{work.name}: the memory settings disagree; nothing is reported.")
     calls: dict[str, Callable[[], object]] = {
-        "eager input x gradient": lambda: input_x_gradient(work),
-        "the same, frozen parameters": lambda: with_frozen_parameters(work),
-        **{
-            name: lambda explained=explained: explained.attribute(work.x, work.target)
-            for name, explained in settings.items()
-        },  # type: ignore[misc]
+        EAGER: partial(input_x_gradient, work),
+        FROZEN: partial(with_frozen_parameters, work),
+        **{name: partial(explained.attribute, work.x, work.target) for name, explained in settings.items()},
     }
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append((time.perf_counter() - start) * 1e3)
+    taken = in_turns(calls, repeats)
     predicted = {name: explained.report(work.x).memory.peak for name, explained in settings.items()}
     return [
         Row(work.name, name, allocated_peak(call), predicted.get(name), statistics.median(taken[name]))
@@ -175,60 +99,74 @@ def depth_rows() -> list[Row]:
             explained = compile_for_lrp(work.model, "attnlrp", **SETTINGS[name])
             explained.attribute(work.x, work.target)
             peak = allocated_peak(partial(explained.attribute, work.x, work.target))
-            rows.append(Row(work.name, name, peak, explained.report(work.x).memory.peak, float("nan")))
+            rows.append(Row(work.name, name, peak, explained.report(work.x).memory.peak, math.nan))
     return rows
 
 
-def markdown(rows: list[Row], depths: list[Row], repeats: int) -> str:
-    """The tables of both parts."""
-    bars = {row.model: row for row in rows if row.provider == "eager input x gradient"}
-    frozen = {row.model: row for row in rows if row.provider == "the same, frozen parameters"}
-    lines = [
-        "# Memory of relevance, AttnLRP against input x gradient",
-        "",
-        f"`python bench/memory.py --repeats {repeats}` on {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}; "
-        "random weights, float32, batch 1. Peak is what torch's allocator hands out above weights and inputs, forward "
-        "and relevance together; predicted is what the plan says before the call, working memory inside ops left out.",
-        "",
-        "| model | provider | peak MB | predicted MB | / input x gradient | / frozen | ms |",
-        "|---|---|---|---|---|---|---|",
-    ]
+HEADER = ("model", "provider", "peak MB", "predicted MB", "/ input x gradient", "/ frozen", "ms")
+
+
+def lines_of(rows: list[Row]) -> list[list[str]]:
+    """The table of providers, their peaks beside those of both bars."""
+    peaks = {(row.model, row.provider): row.peak for row in rows}
+    lines = []
     for row in rows:
         plan = "" if row.predicted is None else f"{row.predicted / 1e6:.1f}"
-        ratios = f"{row.peak / bars[row.model].peak:.2f} | {row.peak / frozen[row.model].peak:.2f}"
-        lines.append(
-            f"| {row.model} | {row.provider} | {row.peak / 1e6:.1f} | {plan} | {ratios} | {row.milliseconds:.0f} |"
-        )
-    lines += ["", "## Depth", "", "Encoder layers of width 64 on 256 tokens.", ""]
-    lines += ["| layers | kept MB peak | predicted | memory_budget=0 MB peak | predicted |", "|---|---|---|---|---|"]
-    for full, least in zip(depths[::2], depths[1::2], strict=True):
+        ratios = [f"{row.peak / peaks[row.model, bar]:.2f}" for bar in (EAGER, FROZEN)]
+        lines.append([row.model, row.provider, f"{row.peak / 1e6:.1f}", plan, *ratios, f"{row.milliseconds:.0f}"])
+    return lines
+
+
+DEPTH_HEADER = ("layers", "kept MB peak", "predicted", "memory_budget=0 MB peak", "predicted")
+
+
+def depth_lines_of(rows: list[Row]) -> list[list[str]]:
+    """The table of depths, both settings of one in a line."""
+    lines = []
+    for full, least in zip(rows[::2], rows[1::2], strict=True):
         cells = [f"{value / 1e6:.2f}" for row in (full, least) for value in (row.peak, row.predicted or 0)]
-        lines.append(f"| {full.model.split()[0]} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([full.model.split()[0], *cells])
+    return lines
+
+
+TEXT = """# Memory of relevance, AttnLRP against input x gradient
+
+`python bench/memory.py --repeats {repeats}` on {machine}.
+
+Random weights, float32, batch 1. Peak is what torch's allocator hands out above weights and inputs, forward and
+relevance together; predicted is what the plan says before the call, working memory inside ops left out except that of
+convolutions and packing.
+
+{providers}
+
+## Depth
+
+Encoder layers of width 64 on 256 tokens.
+
+{depths}
+"""
 
 
 def main() -> None:
     """Measure, print, and write results if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for memory.md and memory.csv")
+    parser = command(__doc__, "also write memory.csv and memory.md into this folder")
     parser.add_argument("--repeats", type=int, default=5)
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.manual_seed(0)
     transformers.utils.logging.set_verbosity_error()
-    rows = [row for make in WORKLOADS for row in measure(make(), given.repeats)]
+    rows = [row for make in WORKLOADS for row in measure(make(), options.repeats)]
     depths = depth_rows()
-    table = Table("model", "provider", "peak MB", "ms")
-    for row in rows:
-        table.add_row(row.model, row.provider, f"{row.peak / 1e6:.1f}", f"{row.milliseconds:.0f}")
-    Console().print(table)
-    if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "memory.md").write_text(markdown(rows, depths, given.repeats), encoding="utf-8")
-        with (given.out / "memory.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["model", "provider", "peak_bytes", "predicted_bytes", "median_ms"])
-            writer.writerows([[r.model, r.provider, r.peak, r.predicted, r.milliseconds] for r in [*rows, *depths]])
+    where = machine(transformers=transformers.__version__)
+    show(where, HEADER, lines_of(rows))
+    show("Depth", DEPTH_HEADER, depth_lines_of(depths))
+    if options.out:
+        tables = {
+            "providers": markdown(HEADER, lines_of(rows)),
+            "depths": markdown(DEPTH_HEADER, depth_lines_of(depths)),
+        }
+        write(options.out / "memory.md", TEXT.format(repeats=options.repeats, machine=where, **tables))
+        header = ("model", "provider", "peak_bytes", "predicted_bytes", "median_ms")
+        write_csv(options.out / "memory.csv", header, map(astuple, [*rows, *depths]))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,13 @@ def _writes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def _undetached(value: fx.Node) -> fx.Node:
+    """What holds the same numbers: detaching in place, as exported tensor constants are, is nothing to write back."""
+    while value.target is aten.detach.default:
+        value = value.args[0]  # type: ignore[assignment]
+    return value
+
+
 def _is_laid_out(tensor: torch.Tensor, layout: torch.memory_format) -> bool:
     return (layout is torch.contiguous_format or tensor.dim() == 4) and tensor.is_contiguous(memory_format=layout)
 
@@ -77,9 +84,8 @@ class _Functionaliser:
                 self.write(node)
             else:
                 self.copy(node)
-        mutations = tuple(
-            Mutation(node.name, self.value(node).name) for node in placeholders if self.value(node).name != node.name
-        )
+        written = [(node.name, self.value(node)) for node in placeholders]
+        mutations = tuple(Mutation(name, value.name) for name, value in written if _undetached(value).name != name)
         outputs = tuple(
             leaf if isinstance(leaf, Constant) else self.value(old[leaf]).name for leaf in self.program.outputs
         )

@@ -168,15 +168,7 @@ def test_relevance_through_one_attention_head() -> None:
 
 
 def test_a_mask_where_no_relevance_passes_is_refused() -> None:
-    class TwoHeads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.a(x), self.b(x)
-
-    _, tape = compile_for_lrp(TwoHeads()).run(torch.ones(1, 3))
+    _, tape = compile_for_lrp(zoo.TwoHeads()).run(torch.ones(1, 3))
     with pytest.raises(errors.SiteWithoutRelevanceError):
         tape.relevance(0, through={"b": torch.ones(2)})
 

@@ -157,15 +157,6 @@ def unsettled() -> Any:
     return tapes[-1].sinks(0)
 
 
-class TwoHeads(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.a(x), self.b(x)
-
-
 class Holder:
     """A result that torch knows no way into."""
 
@@ -397,7 +388,12 @@ CASES: list[tuple[str, Callable[[], Any], type[LRPError], list[str]]] = [
 CASES += [
     ("in-place reshape", lambda: compile_for_lrp(Resizes())(X), errors.UnsupportedMutationError, MUTATION),
     ("sizes of another call", unsettled, errors.SizesError, ["shape (5, 3)", "Run the model again"]),
-    ("site of another output", lambda: ask(0, TwoHeads(), at="b"), errors.SiteWithoutRelevanceError, ["no path leads"]),
+    (
+        "site of another output",
+        lambda: ask(0, zoo.TwoHeads(), at="b"),
+        errors.SiteWithoutRelevanceError,
+        ["no path leads"],
+    ),
     ("nan", lambda: ask(0, x=X * float("nan"), verify="ledger"), errors.NonFiniteError, ["linear_1", "nan"]),
     ("illegal program", illegal, errors.VerifierError, ["after pass 'analyse'", "the output gone is gone"]),
     ("no pattern", lambda: patterns({}), errors.PatternError, ["0.weight", "fit_patterns(model, loader)"]),
@@ -537,7 +533,7 @@ def test_sites_without_relevance_say_why() -> None:
     with pytest.raises(errors.SiteWithoutRelevanceError, match="inside the recognised gelu_tanh"):
         tape.relevance(case.target, at="tanh")
 
-    _, tape = compile_for_lrp(TwoHeads()).run(X)
+    _, tape = compile_for_lrp(zoo.TwoHeads()).run(X)
     with pytest.raises(errors.SiteWithoutRelevanceError, match="no path leads from it"):
         tape.relevance(0, at="b")
 

@@ -89,6 +89,17 @@ class ViT(nn.Module):
         return self.head(self.norm(tokens)[:, 0])
 
 
+class TwoHeads(nn.Module):
+    """Two linear maps of one input: relevance of one output does not pass the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x), self.b(x)
+
+
 def vgg() -> Case:
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),

@@ -22,16 +22,15 @@ from lrp_compiler.options import Options
 BUDGETS = (1.0, 0.5, 0.2, 0.0)
 
 
-class Logits(nn.Module):
-    """A Hugging Face model as tensor -> logits."""
+class OfEmbeddings(nn.Module):
+    """A language model as embeddings -> logits."""
 
-    def __init__(self, model: nn.Module, argument: str, **options: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.argument, self.options = model, argument, options
+        self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(**{self.argument: x}, **self.options).logits
-        return logits
+        return self.model(inputs_embeds=x, use_cache=False).logits
 
 
 def vit() -> tuple[nn.Module, Tensor]:
@@ -43,14 +42,14 @@ def vit() -> tuple[nn.Module, Tensor]:
         image_size=128,
         num_labels=10,
     )
-    return Logits(transformers.ViTForImageClassification(config), "pixel_values"), torch.randn(2, 3, 128, 128)
+    return transformers.ViTForImageClassification(config), torch.randn(2, 3, 128, 128)
 
 
 def gpt2() -> tuple[nn.Module, Tensor]:
     config = transformers.GPT2Config(
         n_embd=192, n_layer=6, n_head=3, vocab_size=500, bos_token_id=1, eos_token_id=2, n_positions=128
     )
-    return Logits(transformers.GPT2LMHeadModel(config), "inputs_embeds", use_cache=False), torch.randn(2, 128, 192)
+    return OfEmbeddings(transformers.GPT2LMHeadModel(config)), torch.randn(2, 128, 192)
 
 
 def llama() -> tuple[nn.Module, Tensor]:
@@ -62,7 +61,7 @@ def llama() -> tuple[nn.Module, Tensor]:
         intermediate_size=512,
         vocab_size=500,
     )
-    return Logits(transformers.LlamaForCausalLM(config), "inputs_embeds", use_cache=False), torch.randn(1, 256, 192)
+    return OfEmbeddings(transformers.LlamaForCausalLM(config)), torch.randn(1, 256, 192)
 
 
 def vgg() -> tuple[nn.Module, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lrp_compiler import compile_for_lrp, errors
 
@@ -145,6 +146,19 @@ def test_what_is_overwritten_keeps_its_strides() -> None:
     x = torch.randn(2, 4, 3)
     ours, theirs = compile_for_lrp(Program(overwritten))(x), overwritten(x)
     assert torch.equal(ours, theirs) and ours.stride() == theirs.stride() == (12, 4, 1)
+
+
+def test_tensors_made_of_numbers_are_not_written_back() -> None:
+    """A write to what autograd saved would refuse the derivative of relevance."""
+    model = Program(lambda x: F.prelu(x, torch.tensor([0.3])))
+    x = torch.randn(4, 6, requires_grad=True)
+    _, tape = compile_for_lrp(model, "deep_lift").run(x)
+    assert tape.program.mutations == ()
+    relevance = tape.relevance(1, create_graph=True)
+    (found,) = torch.autograd.grad(relevance.sum(), x)
+    # From a baseline of zero relevance is the output itself.
+    (expected,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_write_after_reshaping_in_place_is_refused() -> None:

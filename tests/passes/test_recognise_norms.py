@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from functions import Op
 from peers import relative_error
 from torch import Tensor, nn
 
@@ -16,17 +17,6 @@ FLOAT64 = 1e-10
 WIDTH, EPS = 6, 1e-5
 OTHER = torch.linspace(-1, 1, WIDTH, dtype=torch.float64)
 Spelling = Callable[[Tensor], Tensor]
-
-
-class Function(nn.Module):
-    """A function of one tensor as a module."""
-
-    def __init__(self, fn: Spelling) -> None:
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fn(x)
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -94,7 +84,7 @@ def random(*shape: int) -> Tensor:
 
 
 def report_of(fn: Spelling, x: Tensor) -> dict[str, int]:
-    return compile_for_lrp(Function(fn), "attnlrp").report(x).patterns
+    return compile_for_lrp(Op(fn), "attnlrp").report(x).patterns
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -102,7 +92,7 @@ def report_of(fn: Spelling, x: Tensor) -> dict[str, int]:
 def test_rms_norms_pass_relevance_on(name: str, reference: bool) -> None:
     """AttnLRP's rule for RMSNorm is the identity, R_x = R_y, whatever multiplies or divides by the root."""
     x, seed = random(2, 3, WIDTH), random(2, 3, WIDTH)
-    model = Function(RMS_NORMS[name])
+    model = Op(RMS_NORMS[name])
     explained = compile_for_lrp(model, "attnlrp", reference=reference)
     assert explained.report(x).patterns == {"rms_norm": 1}
     out, tape = explained.run(x)
@@ -113,7 +103,7 @@ def test_rms_norms_pass_relevance_on(name: str, reference: bool) -> None:
 @pytest.mark.parametrize("fn", [with_casts, with_one_cast])
 def test_casts_do_not_hide_a_norm(fn: Spelling) -> None:
     x = torch.randn(2, WIDTH)
-    explained = compile_for_lrp(Function(fn), "attnlrp")
+    explained = compile_for_lrp(Op(fn), "attnlrp")
     assert explained.report(x).patterns == {"rms_norm": 1}
     out, tape = explained.run(x)
     seed = torch.randn_like(out)
@@ -156,13 +146,13 @@ COMPOSITES = ("attnlrp", "cp_lrp", "epsilon", "relp", "mamba_lrp", "dynamiclrp",
 def test_layer_norms_follow_the_ln_rule(name: str) -> None:
     """R_x = x times the derivative with the deviation held constant (CP-LRP)."""
     x, seed = random(2, 3, WIDTH), random(2, 3, WIDTH)
-    explained = compile_for_lrp(Function(LAYER_NORMS[name]), "attnlrp")
+    explained = compile_for_lrp(Op(LAYER_NORMS[name]), "attnlrp")
     assert explained.report(x).patterns == {"layer_norm": 1}
     leaf = x.clone().requires_grad_()
     deviation = torch.sqrt(leaf.var(-1, unbiased=False, keepdim=True) + EPS).detach()
     (grad,) = torch.autograd.grad(centred(leaf) / deviation, leaf, seed)
     assert relative_error(explained.attribute(x, seed), x * grad) <= FLOAT64
-    theirs = compile_for_lrp(Function(LAYER_NORMS[name]), "attnlrp", reference=True).attribute(x, seed)
+    theirs = compile_for_lrp(Op(LAYER_NORMS[name]), "attnlrp", reference=True).attribute(x, seed)
     assert relative_error(theirs, x * grad) <= FLOAT64
 
 
@@ -172,14 +162,14 @@ def test_layer_norms_are_what_torchs_is_under_every_composite(name: str, composi
     x, seed = random(2, WIDTH), random(2, WIDTH)
     native = nn.LayerNorm(WIDTH, eps=EPS, elementwise_affine=False)
     found, expected = (
-        compile_for_lrp(model, composite).attribute(x, seed) for model in (Function(LAYER_NORMS[name]), native)
+        compile_for_lrp(model, composite).attribute(x, seed) for model in (Op(LAYER_NORMS[name]), native)
     )
     assert relative_error(found, expected) <= FLOAT64
 
 
 def test_unbiased_deviations_are_held_constant_too() -> None:
     x, seed = random(2, WIDTH), random(2, WIDTH)
-    explained = compile_for_lrp(Function(lambda x: centred(x) / (x.std(-1, keepdim=True) + EPS)), "attnlrp")
+    explained = compile_for_lrp(Op(lambda x: centred(x) / (x.std(-1, keepdim=True) + EPS)), "attnlrp")
     assert explained.report(x).patterns == {"layer_norm": 1}
     weighted = seed / (x.std(-1, keepdim=True) + EPS)
     expected = x * (weighted - weighted.mean(-1, keepdim=True))
@@ -190,9 +180,9 @@ def test_unbiased_deviations_are_held_constant_too() -> None:
 def test_ledgers_close_and_differences_are_complete(name: str) -> None:
     fn = {**RMS_NORMS, **LAYER_NORMS}[name]
     x, x0, seed = random(2, 3, WIDTH), random(2, 3, WIDTH), random(2, 3, WIDTH)
-    _, tape = compile_for_lrp(Function(fn), "attnlrp").run(x)
+    _, tape = compile_for_lrp(Op(fn), "attnlrp").run(x)
     assert max(row.relative_gap for row in tape.ledger((1, 2)).rows) <= FLOAT64
-    explained = compile_for_lrp(Function(fn), "deep_lift")
+    explained = compile_for_lrp(Op(fn), "deep_lift")
     shares = explained.attribute(x, seed, baselines=x0)
     difference = float((seed * (fn(x) - fn(x0))).sum())
     assert abs(float(shares.sum()) - difference) <= FLOAT64 * float(shares.abs().sum())
@@ -206,7 +196,7 @@ def shared_centring(x: Tensor) -> Tensor:
 def test_what_others_read_of_a_norm_keeps_its_own_rule() -> None:
     """The centred value is an output too: it stays an op, and the norm is one of the centred value."""
     x, seed = random(2, WIDTH), random(2, 2 * WIDTH)
-    explained = compile_for_lrp(Function(shared_centring), "attnlrp")
+    explained = compile_for_lrp(Op(shared_centring), "attnlrp")
     assert explained.report(x).patterns == {"rms_norm": 1}
     leaf = x.clone().requires_grad_()
     deviation = centred(leaf)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 from catalogue import agreement
+from functions import Op
 from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,17 +17,6 @@ from lrp_compiler import compile_for_lrp, composites
 
 FLOAT64 = 1e-9
 """The engine's 1e-11 in every denominator is left out of the restatements."""
-
-
-class Op(nn.Module):
-    """A function of one or two inputs."""
-
-    def __init__(self, fn: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.fn(*inputs)
 
 
 def agree(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], seed: Tensor, expected: list[Tensor]) -> None:

@@ -7,11 +7,12 @@ derivative.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functions import Op
 from torch import Tensor, nn
 
 from lrp_compiler import compile_for_lrp, composites, errors, patch_effects, rules
@@ -22,24 +23,7 @@ TOLERANCE = 1e-10
 EPSILON = 0.1
 
 
-@pytest.fixture(autouse=True)
-def _float64_and_fixed_seed() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-class Op(nn.Module):
-    """A function of the inputs, and of a constant parameter if one is given, as a module."""
-
-    def __init__(self, fn: Callable[..., Tensor], *constants: Tensor) -> None:
-        super().__init__()
-        self.fn = fn
-        self.constants = nn.ParameterList(constants)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.fn(*inputs, *self.constants)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def complex_randn(*shape: int) -> Tensor:

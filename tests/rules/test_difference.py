@@ -13,6 +13,7 @@ import pytest
 import torch
 import zoo
 from catalogue import agreement, note
+from functions import Op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import relative_error
@@ -24,17 +25,6 @@ from lrp_compiler.rules import NormalisedRescale, OpClass, on
 
 FLOAT64 = 1e-9
 """Quotients of differences lose eps |y / (x - x0)|."""
-
-
-class Op(nn.Module):
-    """A function of the inputs as a module."""
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.fn(*inputs)
 
 
 def tape_of(fn: Callable[..., Any], inputs: Any, references: Any, composite: str | Composite = "deep_lift") -> Tape:

@@ -6,12 +6,13 @@ clear of the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from differentiable import Explanation, assert_differentiable, relevance_for
+from functions import ACTIVATIONS, WITH_OFFSET, Op
 from state_space import MambaBlock, as_hugging_face
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +23,9 @@ from lrp_compiler.kernels.gates import GATES
 from lrp_compiler.kernels.offset_gates import OFFSET_GATES
 from lrp_compiler.rules import WSquare
 
+pytestmark = pytest.mark.usefixtures("float64")
+
+FUNCTIONS = {**ACTIVATIONS, **WITH_OFFSET}
 FLOAT32_SIXTH = 1e-7
 """torch's derivative of hardsigmoid has 1/6 rounded to float32, in float64 too."""
 
@@ -31,25 +35,6 @@ def assert_all_differentiable(model: nn.Module, names: tuple[str, ...], *inputs:
     captures = Captures()
     for name in names:
         assert_differentiable(Explanation(model, name, relevance_for(1), captures=captures), *inputs, **bounds)
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-class Op(nn.Module):
-    """A function of the inputs and of parameters of these shapes, then a head."""
-
-    def __init__(self, fn: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.fn = fn
-        self.weights = nn.ParameterList(torch.randn(*shape) for shape in shapes)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.fn(*inputs, *self.weights).flatten(1)
 
 
 def images() -> nn.Module:
@@ -96,59 +81,18 @@ def test_composites_on_a_convolutional_network() -> None:
         assert_differentiable(Explanation(model, composite, question, captures=captures), x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "aten::relu": F.relu,
-    "aten::relu6": F.relu6,
-    "aten::leaky_relu": F.leaky_relu,
-    "aten::threshold": lambda x: F.threshold(x, 0.3, 0.2),
-    "aten::gelu": F.gelu,
-    "pattern::gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "pattern::softcap": lambda x: torch.tanh(x / 2) * 2,
-    "aten::silu": F.silu,
-    "aten::mish": F.mish,
-    "aten::hardswish": F.hardswish,
-    "aten::elu": F.elu,
-    "aten::selu": F.selu,
-    "aten::celu": F.celu,
-    "aten::tanh": torch.tanh,
-    "aten::sin": torch.sin,
-    "aten::sinh": torch.sinh,
-    "aten::asinh": torch.asinh,
-    "aten::atan": torch.atan,
-    "aten::erf": torch.erf,
-    "aten::expm1": torch.expm1,
-    "aten::log1p": lambda x: torch.log1p(x.abs()),
-    "aten::abs": torch.abs,
-    "aten::hardtanh": F.hardtanh,
-    "aten::clamp": lambda x: torch.clamp(x, -0.5, 0.7),
-    "aten::clamp_min": lambda x: torch.clamp_min(x, 0.1),
-    "aten::clamp_max": lambda x: torch.clamp_max(x, 0.1),
-    "aten::hardshrink": F.hardshrink,
-    "aten::softshrink": F.softshrink,
-    "aten::pow": lambda x: x**3,
-    "aten::square": torch.square,
-    "aten::sigmoid": torch.sigmoid,
-    "aten::hardsigmoid": F.hardsigmoid,
-    "aten::softplus": F.softplus,
-    "aten::log_sigmoid": F.logsigmoid,
-    "aten::exp": torch.exp,
-    "aten::cos": torch.cos,
-    "aten::cosh": torch.cosh,
-}
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_activations(name: str) -> None:
     """Gates, gates with an offset, relevance edges, torch's own derivatives, quotients of differences."""
-    model = nn.Sequential(nn.Linear(3, 4), Op(ACTIVATIONS[name]), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(3, 4), Op(FUNCTIONS[name]), nn.Linear(4, 2))
     names = ("attnlrp", "linear_interpreter", "input_x_gradient", "deep_lift")
     bounds = {"rounding": FLOAT32_SIXTH} if name == "aten::hardsigmoid" else {}
     assert_all_differentiable(model, names, torch.randn(2, 3), **bounds)
 
 
 def test_every_gate_is_tested() -> None:
-    """prelu, whose slope is a parameter, by itself."""
-    assert {*GATES, *OFFSET_GATES} - {*ACTIVATIONS} == {"aten::prelu"}
+    """prelu once more, its slope a parameter."""
+    assert FUNCTIONS.keys() == {*GATES, *OFFSET_GATES}
     model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2))
     assert_differentiable(Explanation(model, "attnlrp", relevance_for(1)), torch.randn(2, 3))
 
@@ -241,7 +185,8 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] =
 def test_products_and_reductions(name: str) -> None:
     function, shapes = PRODUCTS[name]
     names = ("attnlrp", "input_x_gradient", "deep_lift", *(("dynamiclrp",) if name != "spectrum" else ()))
-    assert_all_differentiable(Op(function, *shapes), names, torch.randn(2, 3))
+    model = nn.Sequential(Op(function, *map(torch.randn, shapes)), nn.Flatten())
+    assert_all_differentiable(model, names, torch.randn(2, 3))
 
 
 class Reads(nn.Module):

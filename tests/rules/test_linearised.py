@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 import zoo
 from catalogue import agreement
+from functions import WITH_OFFSET
 from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,24 +17,15 @@ from lrp_compiler import compile_for_lrp, composites, errors
 from lrp_compiler.kernels.offset_gates import OFFSET_GATES
 
 FLOAT64 = 1e-10
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "aten::sigmoid": torch.sigmoid,
-    "aten::hardsigmoid": F.hardsigmoid,
-    "aten::softplus": F.softplus,
-    "aten::log_sigmoid": F.logsigmoid,
-    "aten::exp": torch.exp,
-    "aten::cos": torch.cos,
-    "aten::cosh": torch.cosh,
-}
 
 
 @pytest.mark.parametrize("name", OFFSET_GATES)
 def test_gates_with_offset_are_their_functions(name: str) -> None:
     """f(0) + x g(x) = f(x) far from zero; near it g meets the quotient in float64 from float32's result."""
     gate, at_zero = OFFSET_GATES[name]
-    assert at_zero() == pytest.approx(FUNCTIONS[name](torch.zeros((), dtype=torch.float64)).item(), rel=1e-15)
+    assert at_zero() == pytest.approx(WITH_OFFSET[name](torch.zeros((), dtype=torch.float64)).item(), rel=1e-15)
     x = torch.cat([torch.linspace(-30, 30, 241), torch.tensor([1e-4, -1e-4, 0.0])]).double()
-    torch.testing.assert_close(at_zero() + x * gate(x), FUNCTIONS[name](x), rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(at_zero() + x * gate(x), WITH_OFFSET[name](x), rtol=1e-13, atol=1e-14)
     small = torch.logspace(-6, -1, 51)
     # Eager's quotient (f(x) - f(0)) / x loses eps f(0) / x of it; the gate loses a few eps.
     exact = gate(small.double())

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401 (it registers the product by groups)
 from catalogue import note
+from functions import ACTIVATIONS, WITH_OFFSET, Op, gelu_new
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch.autograd.functional import jacobian
 
 from lrp_compiler import Composite, compile_for_lrp, composites, errors
 from lrp_compiler.kernels.gates import GATES
+from lrp_compiler.kernels.offset_gates import OFFSET_GATES
 
 Tensors = tuple[Tensor, ...]
 Restatement = Callable[[Tensors, Tensor], Tensors]
@@ -42,24 +44,7 @@ REAL_EPSILON = 0.1
 """A stabiliser that changes relevances visibly, unlike the 1e-6 of most libraries."""
 
 
-@pytest.fixture(autouse=True)
-def _float64_and_fixed_seed() -> object:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-class Op(nn.Module):
-    """A function of the inputs, and of a constant parameter if one is given, as a module."""
-
-    def __init__(self, fn: Callable[..., Tensor], *constants: Tensor) -> None:
-        super().__init__()
-        self.fn = fn
-        self.constants = nn.ParameterList(constants)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.fn(*inputs, *self.constants)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 # --- how relevances are obtained and compared ---------------------------------------------------------------
@@ -461,50 +446,10 @@ def test_division_gives_everything_to_the_numerator(reference: bool) -> None:
 # --- activations: the identity rule -------------------------------------------------------------------------
 
 
-def gelu_new(x: Tensor) -> Tensor:
-    """GELU as GPT-2 spells it."""
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-
-
 def gelu_fast(x: Tensor) -> Tensor:
     """GELU as Hugging Face's FastGELUActivation spells it."""
     return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
 
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "aten::relu": F.relu,
-    "aten::relu6": F.relu6,
-    "aten::leaky_relu": lambda x: F.leaky_relu(x, 0.2),
-    "aten::prelu": lambda x: F.prelu(x, torch.tensor([0.3])),
-    "aten::threshold": lambda x: F.threshold(x, -0.2, -0.7),
-    "aten::gelu": F.gelu,
-    "pattern::gelu_tanh": gelu_new,
-    "pattern::softcap": lambda x: 2.5 * torch.tanh(x / 2.5),
-    "aten::silu": F.silu,
-    "aten::mish": F.mish,
-    "aten::hardswish": F.hardswish,
-    "aten::elu": lambda x: F.elu(x, 1.7),
-    "aten::selu": F.selu,
-    "aten::celu": lambda x: F.celu(x, 1.3),
-    "aten::tanh": torch.tanh,
-    "aten::sin": torch.sin,
-    "aten::sinh": torch.sinh,
-    "aten::asinh": torch.asinh,
-    "aten::atan": torch.atan,
-    "aten::erf": torch.erf,
-    "aten::expm1": torch.expm1,
-    "aten::log1p": lambda x: torch.log1p(x.clamp_min(-0.9)),
-    "aten::abs": torch.abs,
-    "aten::hardtanh": F.hardtanh,
-    "aten::clamp": lambda x: torch.clamp(x, -0.5, 0.8),
-    "aten::clamp_min": lambda x: torch.clamp_min(x, -0.5),
-    "aten::clamp_max": lambda x: torch.clamp_max(x, 0.5),
-    "aten::hardshrink": F.hardshrink,
-    "aten::softshrink": F.softshrink,
-    "aten::pow": lambda x: x.pow(3),
-    "aten::square": torch.square,
-}
-"""Every op that has a gate, vanishing at zero as written here."""
 
 SPELLINGS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu_fast": gelu_fast}
 
@@ -513,7 +458,7 @@ PLACES = torch.tensor([-6.0, -2.5, -1.0, -0.3, -1e-10, 1e-10, 0.1, 0.7, 1.0, 2.5
 
 
 def test_every_gate_is_tested() -> None:
-    assert ACTIVATIONS.keys() == GATES.keys()
+    assert ACTIVATIONS.keys() == GATES.keys() and WITH_OFFSET.keys() == OFFSET_GATES.keys()
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -541,23 +486,12 @@ def test_spelled_gelu_is_recognised(fn: Callable[[Tensor], Tensor]) -> None:
     assert compile_for_lrp(Op(fn), "attnlrp").report(torch.randn(4)).patterns == {"gelu_tanh": 1}
 
 
-NOT_VANISHING: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
-    "exp": torch.exp,
-    "cos": torch.cos,
-    "cosh": torch.cosh,
-    "logsigmoid": F.logsigmoid,
-    "hardsigmoid": F.hardsigmoid,
-}
-
-
 @pytest.mark.parametrize("reference", [False, True])
-@pytest.mark.parametrize("name", NOT_VANISHING)
+@pytest.mark.parametrize("name", WITH_OFFSET)
 def test_functions_that_do_not_vanish_pass_relevance_on(name: str, reference: bool) -> None:
     """AttnLRP eq. 9 where f(0) != 0: R_x = R_y even at x = 0, where no coefficient exists."""
     x = torch.cat([torch.zeros(1), PLACES])
-    check(Op(NOT_VANISHING[name]), (x,), unchanged, "attnlrp", reference)
+    check(Op(WITH_OFFSET[name]), (x,), unchanged, "attnlrp", reference)
 
 
 # --- normalisation ------------------------------------------------------------------------------------------
