@@ -123,6 +123,33 @@ def test_budgets_change_memory_and_not_relevance(name: str, composite: str) -> N
         assert counts[2] > counts[0]
 
 
+FULL_SIZE: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "vit": lambda: (transformers.ViTForImageClassification(transformers.ViTConfig()), torch.randn(1, 3, 224, 224)),
+    "gpt2": lambda: (OfEmbeddings(transformers.GPT2LMHeadModel(transformers.GPT2Config())), torch.randn(1, 128, 768)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("budget", "share"), [(1.0, 0.6), (0.2, 0.3)])
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_takes_its_share_of_input_x_gradient(name: str, budget: float, share: float) -> None:
+    """Twelve layers of width 768, parameters as they are loaded."""
+    torch.manual_seed(0)
+    model, x = FULL_SIZE[name]()
+    model.eval()
+
+    def input_x_gradient() -> Tensor:
+        leaf = x.clone().requires_grad_()
+        logit = model(leaf)[:, -1, 3] if name == "gpt2" else model(leaf).logits[:, 1]
+        return torch.autograd.grad(logit.sum(), leaf)[0] * x
+
+    explained = compile_for_lrp(model, "attnlrp", memory_budget=budget)
+    target = (-1, 3) if name == "gpt2" else 1
+    explained.attribute(x, target)
+    eager = allocated_peak(input_x_gradient)
+    assert allocated_peak(lambda: explained.attribute(x, target)) <= share * eager
+
+
 def encoder(depth: int) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
