@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import zoo
+from mistakes import (
+    Branches,
+    Casts,
+    Constant,
+    Counts,
+    Disturbed,
+    Hypernetwork,
+    Maps,
+    Misshapen,
+    Packed,
+    Resizes,
+    Selects,
+    SettlingSinks,
+    ThroughNumpy,
+    Uncovered,
+    Wraps,
+    X,
+    branching,
+    constant,
+    halved,
+    leaky,
+    misshapen,
+    mlp,
+)
 from torch import Tensor, nn
 
 from lrp_compiler import (
-    Composite,
     Contrast,
     Token,
     compile_for_lrp,
@@ -26,50 +47,9 @@ from lrp_compiler import (
 )
 from lrp_compiler.cli import load_call
 from lrp_compiler.passes.errors import LRPError
-from lrp_compiler.passes.rules.base import Edges, Sinks
-from lrp_compiler.passes.site import Site
 from lrp_compiler.passes.verify import verify
 from lrp_compiler.registry import REGISTRY
-from lrp_compiler.rules import OpClass, Plain, on
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-
-
-class Branches(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            return x * 2
-        return x
-
-
-class Selects(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x[x > 0]
-
-
-class ThroughNumpy(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.from_numpy(x.numpy() + 1)
-
-
-class Counts(nn.Module):
-    def forward(self, ids: Tensor) -> Tensor:
-        return ids.float().mean(1)
-
-
-class Uncovered(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.special.i0e(self.inner(x))
-        return torch.erfinv(torch.tanh(x))
-
-
-X = torch.ones(2, 3)
+from lrp_compiler.rules import on
 
 
 def ask(target: Any = 0, model: nn.Module | None = None, x: Tensor = X, verify: str = "off", **kwargs: Any) -> Any:
@@ -95,60 +75,14 @@ def twice() -> None:
         REGISTRY.remove(torch.ops.aten.sinc)
 
 
-class Hypernetwork(nn.Module):
-    """A GRU whose weights are computed from its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights = [x.mean((0, 1)).expand(6, 3), x.mean((0, 1))[:2].expand(6, 2)]
-        return torch.gru(x, x.new_zeros(1, 2, 2), weights, False, 1, 0.0, False, False, True)[0].sum((1, 2))
-
-
-class Packed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.LSTM(3, 4, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]), batch_first=True)
-        return self.cell(packed)[1][0][0]
-
-
 def dropping() -> Any:
     model = nn.Sequential(nn.LSTM(3, 4, 2, dropout=0.5))
     return compile_for_lrp(model).run(torch.ones(5, 2, 3))[1].relevance(lambda out: out[0].sum((0, 2)))
 
 
-def leaky(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
-    """A rule that loses half of the relevance."""
-    return c * 0.5
-
-
-def misshapen(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
-    return c.sum(0)
-
-
 def relu_with(rule: Callable[..., Any], **options: Any) -> Any:
     explained = compile_for_lrp(mlp(), rules={torch.ops.aten.relu: rule}, **options)
     return explained.attribute(X, 0)
-
-
-class Resizes(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        y = x * 2
-        y.unsqueeze_(0)
-        y.add_(1)
-        return y
-
-
-MUTATION = ["add_", "test_messages.py", "y.add_(1)"]
-
-
-@dataclass(frozen=True)
-class SettlingSinks(Plain):
-    """Its sinks are for one batch size."""
-
-    def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
-        return {"batch": site.scale(edge, int(edge.meta["val"].shape[0]))}
 
 
 def unsettled() -> Any:
@@ -157,47 +91,10 @@ def unsettled() -> Any:
     return tapes[-1].sinks(0)
 
 
-class Holder:
-    """A result that torch knows no way into."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-
-class Wraps(nn.Module):
-    def forward(self, x: Tensor) -> Holder:
-        return Holder(x * 2)
-
-
-class Casts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.LSTM(3, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.cell(x)[0]
-
-
-class Maps(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.vmap(torch.sum)(x)
-
-
 def hooked() -> Any:
     model = mlp()
     model[1].register_forward_hook(lambda module, args, output: None)
     return ask(0, model)
-
-
-class Constant(nn.Module):
-    def forward(self) -> int:
-        return 3
-
-
-class Misshapen(seeds.Seed):
-    def seed(self, output: Tensor) -> Tensor:
-        return output[:, :1]
 
 
 def illegal() -> None:
@@ -231,60 +128,13 @@ def unrecorded() -> Any:
         return tape()
 
 
-@torch.library.custom_op("lrp_tests::halved", mutates_args=())
-def half_of(c: Tensor) -> Tensor:
-    """An op that torch cannot differentiate."""
-    return c / 2
-
-
-@half_of.register_fake
-def _(c: Tensor) -> Tensor:
-    return torch.empty_like(c)
-
-
-def halved(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
-    made: Tensor = torch.ops.lrp_tests.halved.default(c)
-    return made
-
-
-CALLS = itertools.count()
-
-
-@torch.library.custom_op("lrp_tests::disturbs", mutates_args=())
-def disturbs(x: Tensor) -> Tensor:
-    """Draws more random numbers at every call, as another thread might do meanwhile."""
-    torch.rand(next(CALLS))
-    return x.clone()
-
-
-@disturbs.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-class Disturbed(nn.Module):
-    """Drops out while the generator is used from elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.drop = nn.Linear(3, 3), nn.Dropout(0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return disturbs(self.drop(self.linear(x)))
-
-
 def drawn_twice() -> Any:
     rules = {torch.ops.lrp_tests.disturbs: lambda c, out, x: c}
     tape = compile_for_lrp(Disturbed().train(), "epsilon", rules=rules).run(X)[1]
     return tape.activations("linear")
 
 
-def branching(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
-    return c if x.sum() > 0 else -c
-
-
-def constant(c: Tensor, out: Tensor, x: Tensor) -> Tensor:
-    return c * torch.tensor(2.0)
+MUTATION = ["add_", "mistakes.py", "y.add_(1)"]
 
 
 CASES: list[tuple[str, Callable[[], Any], type[LRPError], list[str]]] = [
@@ -310,7 +160,7 @@ CASES: list[tuple[str, Callable[[], Any], type[LRPError], list[str]]] = [
         "uncovered ops",
         lambda: ask(0, Uncovered()),
         errors.UncoveredOpsError,
-        ["2 operation(s)", "special_i0e", "erfinv", "test_messages.py", "register_rule(torch.ops.aten."],
+        ["2 operation(s)", "special_i0e", "erfinv", "mistakes.py", "register_rule(torch.ops.aten."],
     ),
     (
         "integer input",
@@ -445,7 +295,7 @@ CASES += [
     ),
     ("draws between", drawn_twice, errors.RandomNumbersError, ["drawn in between", "other threads"]),
     ("training", lambda: fit_patterns(mlp(), [X]), errors.PatternFitError, ["training mode", "model.eval()"]),
-    ("region", lambda: compile_for_lrp(Maps())(X), errors.RegionError, ["vmap", "test_messages.py"]),
+    ("region", lambda: compile_for_lrp(Maps())(X), errors.RegionError, ["vmap", "mistakes.py"]),
     ("autocast", lambda: compile_for_lrp(Casts())(X), errors.AutocastError, ["aten::lstm", "self.cell(x)", "'cpu'"]),
     ("hook", hooked, errors.HookError, ["1 has the forward hook hooked.<locals>.<lambda>", "tape.activations"]),
     ("branching rule", lambda: relu_with(branching), errors.RuleTraceError, ["relu", "'branching' branches", "where"]),
@@ -492,54 +342,3 @@ def test_every_class_is_rendered() -> None:
     assert set(subclasses(LRPError)) == {kind for _, _, kind, _ in CASES}
     texts = {(kind.template, kind.hint) for kind in subclasses(LRPError)}
     assert len(texts) == len(subclasses(LRPError)) and all(all(pair) for pair in texts)
-
-
-class Broken(nn.Module):
-    """Fails by itself, after it has counted in a buffer and drawn random numbers."""
-
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
-        torch.rand(2)
-        raise KeyError("mine")
-
-
-def test_what_the_model_raises_is_its_own() -> None:
-    """Not a refusal of ours, and looking for it leaves no trace."""
-    model, state = Broken(), torch.get_rng_state()
-    with pytest.raises(KeyError, match="mine"):
-        compile_for_lrp(model)(X)
-    assert model.count == 0 and torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'inputs'"):
-        compile_for_lrp(mlp()).run(inputs=X)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        compile_for_lrp(mlp())(torch.ones(2, 5))
-
-
-def test_failed_capture_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(errors.CaptureError):
-        compile_for_lrp(Branches())(X)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_sites_without_relevance_say_why() -> None:
-    case = zoo.build("gpt2")
-    _, tape = compile_for_lrp(case.model, "cp_lrp").run(**case.kwargs)
-    with pytest.raises(errors.SiteWithoutRelevanceError, match="inside the recognised gelu_tanh"):
-        tape.relevance(case.target, at="tanh")
-
-    _, tape = compile_for_lrp(zoo.TwoHeads()).run(X)
-    with pytest.raises(errors.SiteWithoutRelevanceError, match="no path leads from it"):
-        tape.relevance(0, at="b")
-
-
-def test_a_composite_that_leaves_an_op_out_is_refused_whole() -> None:
-    """A hole in a composite is never filled with the gradient."""
-    hole = Composite("hole", ((on(OpClass.LINEAR), Plain()),))
-    with pytest.raises(errors.UncoveredOpsError, match="aten::relu as relu in 1"):
-        compile_for_lrp(mlp(), hole).attribute(X, 0)
