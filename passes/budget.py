@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import fx
 
 from lrp_compiler.passes.checkpoints import Regions, narrow_places, regions_of
+from lrp_compiler.passes.min_cut import Solved
 from lrp_compiler.passes.prices import Prices, Pricing
 from lrp_compiler.passes.program import Program, facts
 from lrp_compiler.passes.retain import Demands, demands_of, estimate, retained
@@ -53,6 +54,7 @@ class _Search:
     limit: int
     places: list[fx.Node]
     barred: frozenset[fx.Node]
+    solved: Solved = field(default_factory=dict)
 
     def best(self) -> set[fx.Node]:
         """The cheapest plan within the limit; where there is none, the one with the lowest peak."""
@@ -69,10 +71,7 @@ class _Search:
         # Counted from the end: the part that relevance reads first needs no long way back.
         chosen = self.places[::-1][spacing - 1 :: spacing][::-1]
         barred = self.barred | (frozenset(self.places) - frozenset(chosen) if spacing > 1 else frozenset())
-        dearer = replace(
-            self.pricing, prices=replace(self.pricing.prices, kept_byte=self.pricing.prices.kept_byte * factor)
-        )
-        kept = retained(self.demands, dearer, frozenset(chosen), barred)
+        kept = retained(self.demands, self.pricing.dearer(factor), frozenset(chosen), barred, self.solved)
         whole = self.judged(kept)
         if whole[0] > self.limit:
             return [whole]

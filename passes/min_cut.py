@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import networkx as nx
+from networkx.algorithms.flow import boykov_kolmogorov
 
 V = TypeVar("V", bound=Hashable)
 AT_HAND, DEMANDED = "at hand", "demanded"
@@ -27,21 +28,34 @@ class Choice:
     operands: tuple[Hashable, ...] = ()
 
 
-def cheapest(choices: Mapping[V, Choice], demanded: Iterable[V]) -> set[V]:
+Problem = tuple[tuple[int | None, int | None, tuple[int, ...], bool], ...]
+"""Values that hang together, by prices, places of operands and whether they are demanded: all that a cut depends on."""
+
+Solved = dict[Problem, tuple[int, ...]]
+"""Cuts by problem: the places of the values kept. The layers of a network pose the same one again and again."""
+
+
+def cheapest(choices: Mapping[V, Choice], demanded: Iterable[V], solved: Solved) -> set[V]:
     """The values to keep so that every demanded one is kept or can be computed from kept ones, at the lowest price.
 
     Between equally cheap sets the one nearest to the inputs. ``choices`` holds every value that a demanded one can be
-    computed from, and what cannot be computed there can be kept.
+    computed from, and what cannot be computed there can be kept. ``solved`` is looked up and added to.
     """
     demanded = set(demanded)
     kept: set[V] = set()
     for part in _parts(choices):
-        ends = [value for value in part if value in demanded]
-        if len(ends) == len(part) == 1 and choices[ends[0]].recompute is None:
-            kept.add(ends[0])
-        elif ends:
-            kept |= _cut(choices, part, ends)
+        problem = _problem(choices, part, demanded)
+        if problem not in solved:
+            solved[problem] = tuple(_cut(problem))
+        kept.update(part[place] for place in solved[problem])
     return kept
+
+
+def _problem(choices: Mapping[V, Choice], part: list[V], demanded: set[V]) -> Problem:
+    """A part of the choices without the names of its values."""
+    places: dict[Hashable, int] = {value: place for place, value in enumerate(part)}
+    rows = ((choices[value], value in demanded) for value in part)
+    return tuple((one.keep, one.recompute, tuple(places[o] for o in one.operands), asked) for one, asked in rows)
 
 
 def _parts(choices: Mapping[V, Choice]) -> Iterable[list[V]]:
@@ -55,22 +69,23 @@ def _parts(choices: Mapping[V, Choice]) -> Iterable[list[V]]:
         yield sorted(part, key=order.__getitem__)
 
 
-def _cut(choices: Mapping[V, Choice], part: list[V], ends: list[V]) -> set[V]:
+def _cut(problem: Problem) -> list[int]:
+    """The places of the values to keep."""
     # Drawn backwards: networkx returns the cut that is nearest to its target.
     graph: nx.DiGraph[Hashable] = nx.DiGraph()
-    for value in part:
-        choice = choices[value]
-        graph.add_edge((value, "out"), (value, "in"), **_capacity(choice.keep))
-        if choice.recompute != 0:
-            graph.add_edge((value, "in"), AT_HAND, **_capacity(choice.recompute))
-        for operand in choice.operands:
-            graph.add_edge((value, "in"), (operand, "out"))
-    for value in ends:
-        graph.add_edge(DEMANDED, (value, "out"))
-    if AT_HAND not in graph:
-        return set()
-    _, (_, near) = nx.minimum_cut(graph, DEMANDED, AT_HAND)
-    return {value for value in part if (value, "in") in near and (value, "out") not in near}
+    for place, (keep, recompute, operands, is_demanded) in enumerate(problem):
+        graph.add_edge((place, "out"), (place, "in"), **_capacity(keep))
+        if recompute != 0:
+            graph.add_edge((place, "in"), AT_HAND, **_capacity(recompute))
+        for operand in operands:
+            graph.add_edge((place, "in"), (operand, "out"))
+        if is_demanded:
+            graph.add_edge(DEMANDED, (place, "out"))
+    if AT_HAND not in graph or DEMANDED not in graph:
+        return []
+    # Of networkx's algorithms the fastest by far on these long and narrow graphs.
+    _, (_, near) = nx.minimum_cut(graph, DEMANDED, AT_HAND, flow_func=boykov_kolmogorov)
+    return [place for place in range(len(problem)) if (place, "in") in near and (place, "out") not in near]
 
 
 def _capacity(price: int | None) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,10 +45,15 @@ class Prices:
 
 @dataclass
 class Pricing:
-    """The prices of one program's values; flops are counted once per signature."""
+    """The prices of one program's values; flops are counted once per signature, computing is priced once per value."""
 
     prices: Prices
     counted: dict[Any, int] = field(default_factory=dict)
+    computing: dict[fx.Node, int | None] = field(default_factory=dict)
+
+    def dearer(self, factor: float) -> Pricing:
+        """The same where a byte that is kept costs ``factor`` times as much."""
+        return replace(self, prices=replace(self.prices, kept_byte=self.prices.kept_byte * factor))
 
     def keep(self, node: fx.Node) -> int | None:
         """The price of keeping a value from the forward pass on; None for what has no memory of its own."""
@@ -65,6 +70,11 @@ class Pricing:
 
     def recompute(self, node: fx.Node) -> int | None:
         """The price of computing a value again from its operands; None where that gives another value."""
+        if node not in self.computing:
+            self.computing[node] = self._recompute(node)
+        return self.computing[node]
+
+    def _recompute(self, node: fx.Node) -> int | None:
         if facts(node).part != "forward" or node.target is operator.getitem or shown(node) is not None:
             # Relevance ops run once on whichever side they are.
             return 0

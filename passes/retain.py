@@ -9,7 +9,7 @@ from torch import fx
 
 from lrp_compiler.passes.deferral import REPLAY, demanded_by, either, fixed_nodes
 from lrp_compiler.passes.emitter import promise
-from lrp_compiler.passes.min_cut import Choice, cheapest
+from lrp_compiler.passes.min_cut import Choice, Solved, cheapest
 from lrp_compiler.passes.prices import Pricing, is_repeatable
 from lrp_compiler.passes.program import facts, first_argument, value_of
 from lrp_compiler.passes.storage import bytes_of
@@ -62,10 +62,12 @@ def retained(
     pricing: Pricing,
     forced: frozenset[fx.Node] = NOTHING,
     barred: frozenset[fx.Node] = NOTHING,
+    solved: Solved | None = None,
 ) -> set[fx.Node]:
     """The values to keep so that all demanded ones are at hand, at the lowest price.
 
     Where they are needed at all, ``forced`` ones are kept, and ``barred`` ones are not unless nothing can repeat them.
+    ``solved`` carries cuts from one call to the next.
     """
     choices: dict[fx.Node, Choice] = {}
     waiting = list(demands.values)
@@ -81,7 +83,7 @@ def retained(
         read = () if recompute is None and keep is not None else tuple(demands.operands(node))
         choices[node] = Choice(keep, recompute, read)
         waiting += read
-    return cheapest(choices, demands.values)
+    return cheapest(choices, demands.values, {} if solved is None else solved)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,6 @@ def bytes_of(value: Any) -> int:
     if not isinstance(value, torch.Tensor):
         # A number (an item, a predicate); an absent output takes nothing.
         return 0 if value is None else 8
-    if free_unbacked_symbols(value):
+    if any(not isinstance(size, int) and free_unbacked_symbols(size) for size in value.shape):
         return 0
     return math.prod(hints(value.shape)) * value.element_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import math
@@ -100,6 +101,18 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(name: str, bud
     x, explained = build(name)[1], compiled(name, "attnlrp", budget)
     explained.attribute(x, target_of(name))
     measured = allocated_peak(lambda: explained.attribute(x, target_of(name)))
+    assert explained.report(x).memory.peak == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", ["vit", "gpt2", "llama"])
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one_on_cuda(name: str, budget: float) -> None:
+    model, x = copy.deepcopy(build(name))
+    model, x = model.cuda(), x.cuda()
+    explained = compile_for_lrp(model, "attnlrp", memory_budget=budget)
+    explained.attribute(x, target_of(name))
+    measured = allocated_peak(lambda: explained.attribute(x, target_of(name)), "cuda")
     assert explained.report(x).memory.peak == pytest.approx(measured, rel=0.1)
 
 
