@@ -35,13 +35,13 @@ Solved = dict[Problem, tuple[int, ...]]
 """Cuts by problem: the places of the values kept. The layers of a network pose the same one again and again."""
 
 
-def cheapest(choices: Mapping[V, Choice], demanded: Iterable[V], solved: Solved) -> set[V]:
+def cheapest(choices: Mapping[V, Choice], demanded: Iterable[V], solved: Solved | None = None) -> set[V]:
     """The values to keep so that every demanded one is kept or can be computed from kept ones, at the lowest price.
 
     Between equally cheap sets the one nearest to the inputs. ``choices`` holds every value that a demanded one can be
-    computed from, and what cannot be computed there can be kept. ``solved`` is looked up and added to.
+    computed from, and what cannot be computed there can be kept. ``solved`` carries cuts from one call to the next.
     """
-    demanded = set(demanded)
+    demanded, solved = set(demanded), {} if solved is None else solved
     kept: set[V] = set()
     for part in _parts(choices):
         problem = _problem(choices, part, demanded)

@@ -83,7 +83,7 @@ def retained(
         read = () if recompute is None and keep is not None else tuple(demands.operands(node))
         choices[node] = Choice(keep, recompute, read)
         waiting += read
-    return cheapest(choices, demands.values, {} if solved is None else solved)
+    return cheapest(choices, demands.values, solved)
 
 
 @dataclass(frozen=True)
