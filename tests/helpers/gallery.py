@@ -164,8 +164,10 @@ def _check_ledgers(entry: Entry, call: Call, explained: LRPModule) -> None:
     """All live ops covered, sources found, relevance finite, ledgers closed op by op."""
     for composite in COMPOSITES:
         explained = compile_for_lrp(explained, composite)
-        tape = explained.run(*call.args, **call.kwargs)[1]
         report = explained.report(*call.args, **call.kwargs)
+        if composite == "auto" and report.composite in COMPOSITES:
+            continue
+        tape = explained.run(*call.args, **call.kwargs)[1]
         assert set(report.inputs) == set(entry.sources), report.inputs
         found = relevance(tape, entry.target)
         for name, value in found.items():

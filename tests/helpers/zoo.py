@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from lrp_compiler import Token
+from lrp_compiler import LRPModule, Token, compile_for_lrp
 
 VOCABULARY = 99
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -234,6 +235,13 @@ def _without_casts(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, (LlamaRMSNorm, T5LayerNorm)):
                 setattr(parent, name, FullPrecisionRMSNorm(child.weight, child.variance_epsilon))
+
+
+@cache
+def shared(name: str, *, double: bool = False) -> tuple[Case, LRPModule]:
+    """A case that no test may change, and its model explained, whose tracing other composites share."""
+    case = build(name, double=double)
+    return case, compile_for_lrp(case.model, "gradient")
 
 
 def build(name: str, *, double: bool = False, seed: int = 0) -> Case:

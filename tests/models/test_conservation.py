@@ -13,21 +13,22 @@ CLAIMING = [name for name, make in composites.COMPOSITES.items() if make().conse
 OTHERS = [name for name in composites.COMPOSITES if name not in CLAIMING]
 
 
-def explained_with(name: str, case: zoo.Case) -> LRPModule:
+def explained_with(name: str, model: str) -> tuple[zoo.Case, LRPModule]:
+    case, explained = zoo.shared(model, double=True)
     if not name.startswith("pattern_"):
-        return compile_for_lrp(case.model, name)
+        return case, compile_for_lrp(explained, name)
     patterns = fit_patterns(case.model, [case.args[0]])
-    return compile_for_lrp(case.model, getattr(composites, name)(patterns))
+    return case, compile_for_lrp(explained, getattr(composites, name)(patterns))
 
 
 @pytest.mark.parametrize("model", ["vgg", "resnet", "vit", "llama"])
 @pytest.mark.parametrize("name", CLAIMING)
 def test_ledgers_close(name: str, model: str) -> None:
-    case = zoo.build(model, double=True)
+    case, explained = explained_with(name, model)
     # Token ids have no natural zero to differ from.
     baselines = {"input_ids": torch.tensor(3)} if (name, model) == ("deep_lift", "llama") else None
     with torch.no_grad():
-        tape = explained_with(name, case).run(*case.args, baselines=baselines, **case.kwargs)[1]
+        tape = explained.run(*case.args, baselines=baselines, **case.kwargs)[1]
         ledger = tape.ledger(case.target)
     ledger.check(FLOAT64)
     magnitude = abs(ledger.seed) + sum(abs(value) for row in ledger.rows for value in row.sinks.values())
@@ -36,8 +37,7 @@ def test_ledgers_close(name: str, model: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_reports_say_what_is_missing(name: str) -> None:
-    case = zoo.build("vgg", double=True)
-    explained = explained_with(name, case)
+    case, explained = explained_with(name, "vgg")
     report = explained.report(*case.args, **case.kwargs)
     measured = report.conservation
     assert measured is not None and not report.conserves

@@ -21,6 +21,12 @@ def tape_of(case: zoo.Case, composite: Any, **options: Any) -> Tape:
     return compile_for_lrp(case.model, composite, **options).run(*case.args, **case.kwargs)[1]
 
 
+def shared_tape(name: str, composite: Any, *, double: bool = False, **options: Any) -> tuple[zoo.Case, Tape]:
+    """A case as it is built, and a tape of its call."""
+    case, explained = zoo.shared(name, double=double)
+    return case, compile_for_lrp(explained, composite, **options).run(*case.args, **case.kwargs)[1]
+
+
 def by_name(relevance: Any) -> dict[str, Tensor]:
     return relevance if isinstance(relevance, dict) else {"input": relevance}
 
@@ -29,8 +35,7 @@ def by_name(relevance: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", FLOAT64)
 def test_ledger_closes_op_by_op(name: str, composite: str) -> None:
     """seed = relevance at inputs + sinks, and so at every op, in float64."""
-    case = zoo.build(name, double=True)
-    tape = tape_of(case, composite)
+    case, tape = shared_tape(name, composite, double=True)
     ledger = tape.ledger(case.target)
     assert ledger.rows and ledger.seed != 0
     for row in ledger.rows:
@@ -45,9 +50,10 @@ def test_ledger_closes_op_by_op(name: str, composite: str) -> None:
 @pytest.mark.parametrize("composite", [*COMPOSITES, "gradient"])
 @pytest.mark.parametrize("name", FLOAT64)
 def test_agrees_with_the_relevance_space_reference(name: str, composite: str) -> None:
-    case = zoo.build(name, double=True)
-    ours = by_name(tape_of(case, composite).relevance(case.target, per_dimension=True))
-    theirs = by_name(tape_of(case, composite, reference=True).relevance(case.target, per_dimension=True))
+    case, tape = shared_tape(name, composite, double=True)
+    ours = by_name(tape.relevance(case.target, per_dimension=True))
+    slow = shared_tape(name, composite, double=True, reference=True)[1]
+    theirs = by_name(slow.relevance(case.target, per_dimension=True))
     assert ours.keys() == theirs.keys()
     for key, expected in theirs.items():
         scale = expected.abs().max().item()
@@ -57,8 +63,8 @@ def test_agrees_with_the_relevance_space_reference(name: str, composite: str) ->
 
 @pytest.mark.parametrize("name", ["resnet", "bert", "llama"])
 def test_verify_ledger_accepts_sound_relevance_in_float32(name: str) -> None:
-    case = zoo.build(name)
-    assert by_name(tape_of(case, "attnlrp", verify="ledger").relevance(case.target))
+    case, tape = shared_tape(name, "attnlrp", verify="ledger")
+    assert by_name(tape.relevance(case.target))
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_eager", "t5"])
@@ -73,11 +79,11 @@ def test_models_that_cast_inside_close_to_that_precision(name: str) -> None:
 @pytest.mark.parametrize("name", zoo.BUILDERS)
 def test_float32_error_is_that_of_the_gradient(name: str) -> None:
     """Relevance in float32 is at most twice as far from float64 as input x gradient computed by autograd."""
-    single, double = zoo.build(name), zoo.build(name, double=True)
     errors = {}
     for composite in ("attnlrp", "input_x_gradient"):
-        found = by_name(tape_of(single, composite).relevance(single.target, per_dimension=True))
-        exact = by_name(tape_of(double, composite).relevance(double.target, per_dimension=True))
+        case, tape = shared_tape(name, composite)
+        found = by_name(tape.relevance(case.target, per_dimension=True))
+        exact = by_name(shared_tape(name, composite, double=True)[1].relevance(case.target, per_dimension=True))
         errors[composite] = max(relative_error(found[key], exact[key]) for key in exact)
     floor = 8 * torch.finfo(torch.float32).eps
     assert errors["attnlrp"] <= 2 * errors["input_x_gradient"] + floor, errors
@@ -105,9 +111,9 @@ def test_a_batch_is_its_samples_one_by_one(name: str) -> None:
 @pytest.mark.parametrize("composite", ["attnlrp", "cp_lrp", "epsilon"])
 @pytest.mark.parametrize("name", ["bert", "bert_eager", "roberta", "llama", "llama_eager", "t5"])
 def test_padding_gets_exactly_nothing(name: str, composite: str) -> None:
-    case = zoo.build(name)
+    case, tape = shared_tape(name, composite)
     mask = case.kwargs.get("attention_mask", case.args[-1] if case.args else None)
-    relevance = by_name(tape_of(case, composite).relevance(case.target))
+    relevance = by_name(tape.relevance(case.target))
     found = relevance.get("input_ids", next(iter(relevance.values())))
     assert torch.isfinite(found).all()
     assert (found[mask == 0] == 0).all() and (found[mask == 1] != 0).all()

@@ -14,7 +14,7 @@ import torch
 import zoo
 from catalogue import agreement, note
 from functions import Op
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peers import relative_error
 from torch import Tensor, nn
@@ -263,7 +263,6 @@ def test_norms_are_their_ops_one_by_one(centred: bool) -> None:
     assert relative_error(found, expected) <= FLOAT64
 
 
-@settings(max_examples=25, deadline=None)
 @given(batch=st.integers(0, 3), inputs=st.integers(1, 6), outputs=st.integers(1, 5), same=st.booleans())
 def test_networks_of_any_size_are_complete(batch: int, inputs: int, outputs: int, same: bool) -> None:
     """Per sample, with samples that are their own reference among them."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from catalogue import agreement
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peers import relative_error
 from recurrence import KINDS, arras, cell, frozen, start
@@ -85,7 +85,6 @@ def calls(draw: st.DrawFn) -> tuple[str, nn.RNNBase, Tensor, bool, tuple[int, ..
     return kind, module, torch.randn(*sizes, features).double(), draw(st.booleans()), tuple(which)
 
 
-@settings(max_examples=40)
 @given(calls())
 def test_coefficients_are_the_gradient_with_detached_gates(call: Any) -> None:
     kind, module, x, given_states, which = call
@@ -105,7 +104,6 @@ def test_coefficients_are_the_gradient_with_detached_gates(call: Any) -> None:
     assert set(rows[0].taken) <= set(names) | {"unsqueeze", "unsqueeze_1", "unsqueeze_2"}
 
 
-@settings(max_examples=20)
 @given(calls())
 def test_gradient_composites_are_torch_autograd(call: Any) -> None:
     _, module, x, given_states, which = call

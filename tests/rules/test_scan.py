@@ -52,7 +52,6 @@ sizes = {
 }
 
 
-@settings(max_examples=30, deadline=None)
 @given(**sizes)
 def test_the_reverse_scan_is_the_transpose_of_the_forward_scan(
     steps: int, batch: int, channels: int, states: int

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers.integrations.moe  # noqa: F401 (it registers the product by groups)
 from catalogue import agreement
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peers import relative_error
 from torch import Tensor, nn
@@ -148,7 +148,6 @@ def test_outputs_without_terms_of_one_sign_are_no_blow_up() -> None:
         assert relative_error(found.double(), restated(rule, double, x.double(), seed.double())) <= 1e-5
 
 
-@settings(max_examples=20, deadline=None)
 @given(
     batch=st.integers(0, 3),
     inputs=st.integers(1, 9),
