@@ -33,6 +33,13 @@ def test_the_readme_quotes_the_measured_costs() -> None:
     assert (ROOT / "bench/results/cpu-2-cores/cost.md").read_text(encoding="utf-8").strip() in README
 
 
+def test_the_readme_quotes_the_measured_memory() -> None:
+    measured = (ROOT / "bench/results/cpu-2-cores/memory.md").read_text(encoding="utf-8").splitlines()
+    section = README.split("## Memory\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 8 and set(rows) <= set(measured)
+
+
 @pytest.mark.parametrize("name", ["own_rule", "report"])
 def test_the_readme_shows_what_the_examples_print(name: str) -> None:
     """Line by line, but for paths and milliseconds."""
