@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -140,6 +141,14 @@ def built(name: str) -> tuple[nn.Module, dict[bool, nn.Module]]:
     return model().double().eval(), {taken: plain(taken).double().eval() for taken in (True, False)}
 
 
+@cache
+def traced(name: str) -> tuple[LRPModule, dict[bool, LRPModule]]:
+    """The same explained; composites share what was traced."""
+    torch.manual_seed(0)
+    model, plain = built(name)
+    return compile_for_lrp(model, "gradient"), {taken: compile_for_lrp(one, "gradient") for taken, one in plain.items()}
+
+
 def inputs(taken: bool, samples: int = 3) -> Tensor:
     """A batch whose sum is positive or negative, as asked."""
     torch.manual_seed(1)
@@ -174,7 +183,7 @@ def test_outputs_are_eagers_from_one_capture(name: str) -> None:
 @pytest.mark.parametrize("composite", NAMES)
 @pytest.mark.parametrize("name", MODELS)
 def test_relevance_is_that_of_the_branch_alone(name: str, composite: str, taken: bool) -> None:
-    model, plain = built(name)
+    model, plain = traced(name)
     x = inputs(taken)
     with torch.no_grad():
         tape = compile_for_lrp(model, composite).run(x)[1]

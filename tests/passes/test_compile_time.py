@@ -86,7 +86,7 @@ def work(blocks: int, composite: str) -> dict[str, int]:
     return lines
 
 
-@pytest.mark.parametrize("composite", ["attnlrp", "deep_lift"])
+@pytest.mark.parametrize("composite", ["attnlrp", pytest.param("deep_lift", marks=pytest.mark.slow)])
 def test_every_pass_is_linear_in_the_size_of_the_network(composite: str) -> None:
     work(1, composite)
     small, middle, large = (work(blocks, composite) for blocks in (4, 8, 16))
