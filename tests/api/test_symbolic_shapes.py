@@ -23,7 +23,7 @@ from lrp_compiler.passes.site import Site
 
 SHAPES = [(2, 7), (3, 9), (4, 11), (5, 6)]
 CASES = [("vgg", "epsilon_plus"), ("resnet", "epsilon_plus"), ("vit", "attnlrp"), ("bert", "epsilon_plus")]
-CASES += [("gpt2", "attnlrp"), ("llama", "attnlrp"), ("t5", "attnlrp")]
+CASES += [("gpt2", "attnlrp"), ("llama", "attnlrp"), pytest.param("t5", "attnlrp", marks=pytest.mark.slow)]
 
 
 def resized(case: zoo.Case, batch: int, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

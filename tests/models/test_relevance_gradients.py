@@ -19,7 +19,9 @@ from lrp_compiler.seeds import LogProbability
 FLOAT64 = 1e-10
 
 
-@pytest.mark.parametrize("name", ["resnet", "vit", "bert", "gpt2", "llama", "t5", "lstm"])
+@pytest.mark.parametrize(
+    "name", ["resnet", "vit", "bert", "gpt2", "llama", pytest.param("t5", marks=pytest.mark.slow), "lstm"]
+)
 def test_models(name: str) -> None:
     """Without z+, whose denominators come close to zero in dense transformers."""
     case, captures = zoo.build(name, double=True), Captures()

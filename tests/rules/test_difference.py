@@ -290,7 +290,7 @@ BASELINES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", [n if n != "t5" else pytest.param(n, marks=pytest.mark.slow) for n in BASELINES])
 def test_networks_are_complete(name: str) -> None:
     case = zoo.build(name, double=True)
     _, tape = compile_for_lrp(case.model, "deep_lift").run(*case.args, baselines=BASELINES[name], **case.kwargs)
