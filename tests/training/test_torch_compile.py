@@ -33,6 +33,8 @@ def test_outputs_and_gradients_are_those_of_the_model(name: str, backend: str) -
 
 
 @pytest.mark.slow
+# Torch's own, where inductor is imported.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_inductor_agrees_to_its_rounding() -> None:
     torch.compiler.reset()
     case = zoo.build("resnet")
