@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.data_dependence import refusal
 from lrp_compiler.passes.eager_failure import eager_failure
-from lrp_compiler.passes.errors import CaptureError, NoTensorsError, RecurrentError
+from lrp_compiler.passes.errors import CaptureError, LRPError, NoTensorsError, RecurrentError
 from lrp_compiler.passes.program import TRACING, Constant, InputKind, InputSpec, Program, learn
 from lrp_compiler.passes.source_lines import user_source_of_trace
 
@@ -49,21 +49,10 @@ def capture(
             shapes = _dynamic(args, kwargs, dynamic)
             exported = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
         except Exception as error:
-            if (module := _reader_of_packed_sequence(error)) is not None:
-                raise RecurrentError(
-                    op=module,
-                    cause="the sizes of a packed sequence depend on its values",
-                    remedy="Pass samples one by one, or padded batches to modules that read forward only.",
-                    source=_blame(error),
-                ) from error
-            if (refused := refusal(type(model).__name__, error, _blame(error))) is not None:
-                raise refused from error
-            if (own := eager_failure(model, args, kwargs)) is not None:
+            refused = _refusal(error, type(model).__name__)
+            if refused is None and (own := eager_failure(model, args, kwargs)) is not None:
                 raise own from None
-            cause = str(error).strip().splitlines() or [type(error).__name__]
-            raise CaptureError(
-                model=type(model).__name__, cause=f"{type(error).__name__}: {cause[0]}", source=_blame(error)
-            ) from error
+            raise (refused or _untraceable(error, type(model).__name__)) from error
     graph_module = exported.graph_module
     inputs = tuple(_input_spec(spec, exported.constants) for spec in exported.graph_signature.input_specs)
     placeholders = (node for node in graph_module.graph.nodes if node.op == "placeholder")
@@ -78,6 +67,24 @@ def capture(
         in_spec=exported.call_spec.in_spec,
         out_spec=exported.call_spec.out_spec,
     )
+
+
+def _refusal(error: Exception, name: str) -> LRPError | None:
+    """What a failed trace says of the model ``name``, where it is one of the known things."""
+    if (module := _reader_of_packed_sequence(error)) is not None:
+        return RecurrentError(
+            op=module,
+            cause="the sizes of a packed sequence depend on its values",
+            remedy="Pass samples one by one, or padded batches to modules that read forward only.",
+            source=_blame(error),
+        )
+    return refusal(name, error, _blame(error))
+
+
+def _untraceable(error: Exception, name: str) -> CaptureError:
+    """The refusal of a model ``name`` that runs and cannot be traced, with the first line of torch's message."""
+    cause = str(error).strip().splitlines() or [type(error).__name__]
+    return CaptureError(model=name, cause=f"{type(error).__name__}: {cause[0]}", source=_blame(error))
 
 
 def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

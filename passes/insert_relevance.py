@@ -179,11 +179,14 @@ class _Inserter:
                 self.pass_to_parameters(node)
             return
         rule = facts(node).rule
-        if rule is None or not facts(node).flows:
-            return
+        if rule is not None and facts(node).flows:
+            self.apply(rule, node)
+
+    def apply(self, rule: Rule, node: fx.Node) -> None:
+        """Hand the edges of a node to its operands by its rule, and note what the request asks of that."""
         entry = classify(node)
         if entry is not None and entry.op_class is OpClass.TUPLE:
-            self.tuples.setdefault(node.args[0], {}).setdefault(node.args[1], []).extend(self.pending[node])  # type: ignore[arg-type]
+            self.hand_to_tuple(node)
             return
         site = Site(Operation(node, self.nodes), self.emitter, is_seeded=node.name in self.request.starts)
         edge = self.incoming(node, rule.kind)
@@ -226,12 +229,16 @@ class _Inserter:
     def pass_to_parameters(self, node: fx.Node) -> None:
         """Carry an edge on through values that are computed from parameters alone, or into an embedding's table."""
         if node.target is operator.getitem:
-            self.tuples.setdefault(node.args[0], {}).setdefault(node.args[1], []).extend(self.pending[node])  # type: ignore[arg-type]
+            self.hand_to_tuple(node)
             return
         site = Site(Operation(node, self.nodes), self.emitter)
         edge = self.incoming(node, "coefficient")
         for operand, part in parameter_edges(site, None, edge, self.from_parameters).items():
             self.add_edge(operand.node, part, "coefficient")
+
+    def hand_to_tuple(self, node: fx.Node) -> None:
+        """Keep the edges of one output of an op that has several until the op itself is visited."""
+        self.tuples.setdefault(node.args[0], {}).setdefault(node.args[1], []).extend(self.pending[node])  # type: ignore[arg-type]
 
     def parameter_relevance(self, node: fx.Node) -> fx.Node:
         """W * c of a parameter; zeros where no op that the seeds reach reads it."""
