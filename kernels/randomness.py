@@ -21,6 +21,11 @@ def generator_state(device: torch.device) -> Tensor:
     return state
 
 
+def bytes_of_state(device: torch.device) -> int:
+    """How many bytes ``generator_state`` takes, asked of no generator: a device without memory (meta) counts as CPU."""
+    return 5056 if device.type in ("cpu", "meta") else 16
+
+
 def set_generator_state(device: torch.device, state: Tensor) -> None:
     """Give a device's default generator a state that ``generator_state`` found."""
     if device.type == "cpu":

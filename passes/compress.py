@@ -26,7 +26,7 @@ from lrp_compiler.kernels.bits import (
     unpack_sign,
 )
 from lrp_compiler.kernels.pooling import Geometry, indices_of_offsets, window_offsets
-from lrp_compiler.kernels.randomness import bernoulli_again, checksum_of_generator, generator_state
+from lrp_compiler.kernels.randomness import bernoulli_again, bytes_of_state, checksum_of_generator, generator_state
 from lrp_compiler.passes.deferral import GENERATOR_READERS, REPLAY, drop_dead_nodes, either, fixed_nodes
 from lrp_compiler.passes.emitter import promise
 from lrp_compiler.passes.optable import aten_names, schema_name
@@ -198,21 +198,21 @@ class _Compressor:
     def make_repeatable(self, node: fx.Node) -> None:
         """Note the generator's state in front of a draw and its checksum behind, so that it can be made once more."""
         value = tensor_of(node)
+        with self.program.fake_mode:
+            noted = torch.empty(bytes_of_state(value.device), dtype=torch.uint8), torch.empty((), dtype=torch.int64)
         with self.graph.inserting_before(node):
-            state = self.generator_node(generator_state, f"generator_state_of_{node.name}", value.device)
+            state = self.graph.create_node(
+                "call_function", generator_state, (value.device,), name=f"generator_state_of_{node.name}"
+            )
         with self.graph.inserting_after(node):
-            checksum = self.generator_node(checksum_of_generator, f"generator_checksum_of_{node.name}", value.device)
+            checksum = self.graph.create_node(
+                "call_function", checksum_of_generator, (value.device,), name=f"generator_checksum_of_{node.name}"
+            )
+        for reader, found in zip((state, checksum), noted, strict=True):
+            reader.meta = {"val": found, FACTS: Facts()}
         layout = with_literals((list(value.shape), list(value.stride())))
         arguments = (node.args[1], *layout, value.dtype, value.device)
         node.meta[REPLAY] = (bernoulli_again, (state.name, checksum.name), arguments)
-
-    def generator_node(self, target: Callable[..., Any], name: str, device: torch.device) -> fx.Node:
-        """A forward node that reads a device's random number generator."""
-        node = self.graph.create_node("call_function", target, (device,), name=name)
-        found = target(device)
-        with self.program.fake_mode:
-            node.meta = {"val": torch.empty(found.shape, dtype=found.dtype), FACTS: Facts()}
-        return node
 
 
 def _is_mask(node: fx.Node) -> bool:

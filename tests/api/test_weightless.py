@@ -96,3 +96,13 @@ def test_loading_weights_gives_relevance() -> None:
     explained.load_state_dict(real.state_dict())
     expected = compile_for_lrp(real, "attnlrp").attribute(*args, 0)
     torch.testing.assert_close(explained.attribute(*args, 0), expected, rtol=0, atol=0)
+
+
+def test_a_model_that_drops_out_is_reported_without_values() -> None:
+    """Draws are noted for their repetition without asking a generator, which the meta device has none of."""
+
+    def planned(device: str) -> object:
+        model = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Linear(6, 4)).to(device).train()
+        return compile_for_lrp(model, "epsilon", memory_budget=0.0).report(torch.ones(3, 5, device=device)).memory
+
+    assert planned("meta") == planned("cpu")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lrp_compiler.kernels.randomness import (
     DrawNotRepeatedError,
     bernoulli_again,
+    bytes_of_state,
     checksum_of_generator,
     generator_state,
 )
@@ -107,7 +108,7 @@ def test_a_draw_between_is_noticed() -> None:
 def test_a_state_takes_what_is_said() -> None:
     state = generator_state(CPU)
     assert state.dtype is torch.uint8
-    assert state.shape == (5056,)
+    assert state.shape == (bytes_of_state(CPU),) == (5056,)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -116,7 +117,7 @@ def test_the_mask_of_dropout_is_drawn_again_on_cuda(name: str) -> None:
     device = torch.device("cuda")
     ones = DRAWN[name].to(device)
     note, mask = noted(lambda: torch.ops.aten.bernoulli.p(ones, 0.3), device)
-    assert note[0].shape == (16,)
+    assert note[0].shape == (bytes_of_state(device),) == (16,)
     before = torch.cuda.get_rng_state(device)
     assert torch.equal(again(note, mask, 0.3), mask)
     assert torch.equal(torch.cuda.get_rng_state(device), before)
