@@ -10,26 +10,17 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from lrp_compiler.kernels.bits import (
-    pack_bits,
-    pack_positive,
-    pack_sign,
-    unpack_bits,
-    unpack_positive,
-    unpack_quotient,
-    unpack_sign,
-)
-from lrp_compiler.kernels.pooling import Geometry, indices_of_offsets, window_offsets
+from lrp_compiler.kernels.pooling import Geometry
 from lrp_compiler.kernels.randomness import bernoulli_again, bytes_of_state, checksum_of_generator, generator_state
 from lrp_compiler.passes.deferral import GENERATOR_READERS, REPLAY, drop_dead_nodes, either, fixed_nodes
 from lrp_compiler.passes.emitter import promise
 from lrp_compiler.passes.optable import aten_names, schema_name
+from lrp_compiler.passes.packing import DRAWN, MASK, POSITIVE, SIGN, WINNERS, Packing
 from lrp_compiler.passes.program import (
     FACTS,
     Facts,
@@ -46,30 +37,6 @@ aten = torch.ops.aten
 SIGNS = (aten.sign.default, aten.sgn.default)
 POOLS = {"aten::max_pool2d_with_indices": 2, "aten::max_pool3d_with_indices": 3}
 
-
-@dataclass(frozen=True)
-class Packing:
-    """A pair of functions: (value, ...) -> small form, (small form, ...) -> what is read of the value."""
-
-    packs: Callable[..., torch.Tensor]
-    unpacks: Callable[..., torch.Tensor]
-    planes: tuple[int, ...] = ()
-
-    def arguments(self, shape: list[Any], extra: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What both functions take beside a tensor."""
-        return (extra, extra) if self is WINNERS else ((), (shape, *extra))
-
-    def packed_like(self, value: torch.Tensor) -> torch.Tensor:
-        """A tensor like the small form of ``value``, or of a value of its shape."""
-        shape = value.shape if self is WINNERS else (*self.planes, (value.numel() + 7) // 8)
-        return torch.empty(shape, dtype=torch.uint8, device=value.device)
-
-
-MASK = Packing(pack_bits, unpack_bits)
-POSITIVE = Packing(pack_positive, unpack_positive)
-SIGN = Packing(pack_sign, unpack_sign, planes=(2,))
-DRAWN = Packing(pack_positive, unpack_quotient)
-WINNERS = Packing(window_offsets, indices_of_offsets)
 
 SHAPE_ONLY: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(

@@ -9,17 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lrp_compiler.kernels.bits import (
-    pack_bits,
-    pack_positive,
-    pack_sign,
-    unpack_bits,
-    unpack_positive,
-    unpack_quotient,
-    unpack_sign,
-)
-from lrp_compiler.kernels.pooling import indices_of_offsets, window_offsets
 from lrp_compiler.passes.optable import aten_names, schema_name
+from lrp_compiler.passes.packing import WORKING_MEMORY
 from lrp_compiler.passes.program import first_argument, value_of
 from lrp_compiler.passes.sizes import hints
 from lrp_compiler.passes.storage import bytes_of, shown
@@ -89,28 +80,14 @@ BLOCK = 16
 """oneDNN lays channels out in blocks of so many, the last one padded."""
 
 
-PACKING_MEMORY: dict[object, int] = {
-    pack_bits: 1,
-    pack_positive: 5,
-    pack_sign: 9,
-    unpack_bits: 16,
-    unpack_positive: 16,
-    unpack_quotient: 16,
-    unpack_sign: 16,
-    window_offsets: 24,
-    indices_of_offsets: 24,
-}
-"""Bytes that packing and unpacking take meanwhile, per element of what they read."""
-
-
 def working_memory(node: fx.Node) -> int:
     """What packing and, on CPU, convolutions take beside their result; other ops need little, or it is not known here.
 
     A convolution lays its operands out in blocks, and makes its result so before it is laid out plainly; what oneDNN
     takes beyond that for strided ones is not known.
     """
-    if node.target in PACKING_MEMORY:
-        return PACKING_MEMORY[node.target] * math.prod(hints(value_of(first_argument(node)).shape))
+    if node.target in WORKING_MEMORY:
+        return WORKING_MEMORY[node.target] * math.prod(hints(value_of(first_argument(node)).shape))
     if node.op != "call_function" or schema_name(node.target) not in CONVOLUTIONS:
         return 0
     is_backward = schema_name(node.target) == "aten::convolution_backward"

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from lrp_compiler.kernels.bits import pack_bits, pack_positive, pack_sign
-from lrp_compiler.kernels.pooling import window_offsets
 from lrp_compiler.passes.deferral import GENERATOR_READERS, REPLAY
 from lrp_compiler.passes.draws import draws
 from lrp_compiler.passes.optable import OpClass, OpEntry, classify, op_name
+from lrp_compiler.passes.packing import PACKERS
 from lrp_compiler.passes.program import facts, value_of
 from lrp_compiler.passes.sizes import hints
 from lrp_compiler.passes.storage import bytes_of, shown
 from lrp_compiler.passes.trace import SCALARS
-
-PACKING: frozenset[Callable[..., Any]] = frozenset({pack_bits, pack_positive, pack_sign, window_offsets})
-"""Functions that make a small value of a large one, from which others make what relevance reads."""
 
 HEAVY = frozenset({OpClass.LINEAR, OpClass.BILINEAR, OpClass.ATTENTION})
 FLOPS_PER_BYTE_OF_OTHERS = {OpClass.RECURRENT: 1000}
@@ -63,7 +58,7 @@ class Pricing:
         if shown(node) is not None or not isinstance(value, (torch.Tensor, *SCALARS)):
             return None
         extra = 0.0
-        if node.target in PACKING:
+        if node.target in PACKERS:
             # Packed in the forward pass and unpacked in the other: two calls that would not be made otherwise.
             extra = 2 * (self.prices.call + _moved(node))
         return int(self.prices.kept_byte * bytes_of(value) + extra)
