@@ -1,0 +1,70 @@
+"""Compile every kernel ahead of time, for GPUs that are not here: registers, spills, shared memory, occupancy bound.
+
+python bench/aot.py --out bench/results/aot.md
+python bench/aot.py --chip sm_90 --dtype bf16
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# The compiler needs kernels as they are written, not as the interpreter wraps them.
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from harness import command, markdown, write
+
+from lrp_compiler.kernels.aot import CHIPS, NAMES, Build, builds
+from lrp_compiler.kernels.registry import DIALECT
+
+HEADER = ("kernel", "workload", "dtype", "configuration", "chip", "registers", "spilled", "shared", "occupancy")
+
+
+def cells(build: Build) -> list[str]:
+    """One line of the table."""
+    names = [build.kernel.removesuffix("_kernel"), build.workload, build.dtype, build.config, build.chip]
+    return [*names, str(build.registers), str(build.spilled), str(build.shared), f"{build.occupancy:.0%}"]
+
+
+def document(made: list[Build]) -> str:
+    """The table under a head that says what it shows."""
+    spilling = sum(build.spilled > 0 for build in made)
+    return f"""# Kernels compiled ahead of time
+
+`python bench/aot.py`, triton {triton.__version__}: {len(made)} compilations, {spilling} of which keep values in local
+memory. Registers and bytes spilled are per thread, bytes of shared memory per program; the occupancy is the share of a
+multiprocessor's warps that registers, shared memory and places for programs admit. Nothing here was run on a GPU.
+
+{markdown(HEADER, map(cells, made))}
+"""
+
+
+def main() -> int:
+    """Compile, print and write; 1 when a shipped configuration spills on sm_90."""
+    parser = command(__doc__, "write the table to this file")
+    parser.add_argument("--chip", choices=CHIPS, action="append", help="chips to compile for (default: all)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], action="append", help="dtypes (default: all)")
+    parser.add_argument("--op", choices=[spec.name for spec in DIALECT], action="append", help="ops (default: all)")
+    chosen = parser.parse_args()
+    names = {name: dtype for dtype, name in NAMES.items()}
+    dtypes: tuple[torch.dtype, ...] = tuple(names[name] for name in chosen.dtype or ("fp32", "bf16", "fp16"))
+    made: list[Build] = []
+    for spec in DIALECT:
+        if chosen.op and spec.name not in chosen.op:
+            continue
+        for chip in chosen.chip or CHIPS:
+            for build in builds(spec, CHIPS[chip], tuple(dtype for dtype in dtypes if dtype in spec.dtypes)):
+                print("  ".join(cells(build)), flush=True)
+                made.append(build)
+    if chosen.out:
+        write(chosen.out, document(made))
+    spilling = [build for build in made if build.spilled and build.chip == "sm_90"]
+    if spilling:
+        print(f"{len(spilling)} shipped configurations spill on sm_90", file=sys.stderr)
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

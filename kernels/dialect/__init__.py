@@ -1,0 +1,1 @@
+"""The relevance dialect: per op a contract, an eager reference, a fake form and samples; no triton is imported."""
