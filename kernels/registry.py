@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lrp_compiler.kernels.dialect.norm import NORM_BWD
 from lrp_compiler.kernels.spec import KernelSpec
 
@@ -11,3 +13,10 @@ DIALECT: tuple[KernelSpec, ...] = (NORM_BWD,)
 def spec_named(name: str) -> KernelSpec:
     """The spec of ``lrp::<name>``; KeyError for none."""
     return {spec.name: spec for spec in DIALECT}[name]
+
+
+def spec_of(target: Any) -> KernelSpec | None:
+    """The spec of a call target of a graph; None for what is no op of the dialect."""
+    schema = getattr(target, "_schema", None)
+    name = str(getattr(schema, "name", ""))
+    return next((spec for spec in DIALECT if name == f"lrp::{spec.name}"), None)

@@ -52,6 +52,10 @@ class Work:
     flops: int
 
 
+class NotSupportedError(Exception):
+    """No kernel takes this call; its text is the reason."""
+
+
 Samples = Callable[[torch.dtype, torch.device], Iterator[Sample]]
 
 
@@ -116,6 +120,13 @@ class KernelSpec:
         for one in launches:
             one.run()
         return results
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The op itself, for code that is traced; raises NotSupportedError when no kernel takes the call."""
+        allowed = self.supports(*arguments)
+        if not allowed:
+            raise NotSupportedError(str(allowed))
+        return self.op(*arguments)
 
     def work(self, *arguments: Any) -> Work:
         """Bytes and operations of one call."""

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.captures import CapturedCall, Captures
 from lrp_compiler.composites import AUTO, choose_composite, composite_named
 from lrp_compiler.options import Options
+from lrp_compiler.passes.backend import Backend
 from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
@@ -35,6 +36,7 @@ class ExplainedCall:
     stages: tuple[Stage, ...]
     binder: SizeBinder
     goal: MemoryGoal
+    backend: Backend
     executables: dict[Request, tuple[tuple[Stage, ...], Executable]] = field(default_factory=dict)
 
     @property
@@ -49,7 +51,7 @@ class ExplainedCall:
     def emitted(self, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """All stages and the code for ``request``, made at its first use."""
         if request not in self.executables:
-            self.executables[request] = emit(self.stages, request, self.goal)
+            self.executables[request] = emit(self.stages, request, self.goal, self.backend)
         return self.executables[request]
 
     def explainable_outputs(self) -> dict[str, int]:
@@ -106,9 +108,9 @@ class Compiler:
         with self._lock, without_autocast():
             known = self._explained.setdefault(call, {})
             if inputs not in known:
-                known[inputs] = ExplainedCall(
-                    explain(call.stages, *inputs, self._choose), call.binder, self.options.memory_goal
-                )
+                stages = explain(call.stages, *inputs, self._choose)
+                goal, backend = self.options.memory_goal, self.options.backend
+                known[inputs] = ExplainedCall(stages, call.binder, goal, backend)
             return known[inputs]
 
     def explain_partly(self, call: CapturedCall, attributed: tuple[str, ...] | None) -> tuple[Stage, ...]:
