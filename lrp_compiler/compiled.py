@@ -20,10 +20,11 @@ from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.draws import draws_numbers
 from lrp_compiler.passes.errors import OutputError, ReferenceModeError
 from lrp_compiler.passes.pipeline import Stage, emit, explain
-from lrp_compiler.passes.program import Constant, Program, Request, facts, is_float
+from lrp_compiler.passes.program import Constant, Program, Reading, Request, facts, is_float
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.sizes import Size, SizeBinder, Sizes
 from lrp_compiler.registry import with_rules
+from lrp_compiler.sites import readings_of, resolve_sites
 
 
 @dataclass
@@ -47,6 +48,14 @@ class ExplainedCall:
     def is_random(self) -> bool:
         """Whether the forward pass draws random numbers."""
         return draws_numbers(self.program)
+
+    @cached_property
+    def source_readings(self) -> tuple[tuple[str, Reading], ...]:
+        """What is read for the attributed inputs, each node once."""
+        program = self.program
+        kind: Reading = program.composite.readout if program.composite is not None else "relevance"
+        refs = resolve_sites(program, list(program.sources))
+        return tuple(dict.fromkeys(reading for ref in refs for reading in readings_of(ref, kind)))
 
     def emitted(self, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """All stages and the code for ``request``, made at its first use."""

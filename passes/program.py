@@ -131,9 +131,10 @@ class Pin:
     value: torch.Tensor
 
 
-Reading = Literal["relevance", "coefficient", "activation", "attention_map", "parameter"]
-"""What can be read at a node: its relevance, coefficient or value; of an attention op, relevance at its map; of a
-parameter, the relevance of what it contributes, summed over the batch and over all its uses."""
+Reading = Literal["relevance", "token_relevance", "coefficient", "activation", "attention_map", "parameter"]
+"""What can be read at a node: its relevance, summed over the last dimension for embeddings of tokens, coefficient or
+value; of an attention op, relevance at its map; of a parameter, the relevance of what it contributes, summed over the
+batch and over all its uses."""
 
 
 @dataclass(frozen=True)
