@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lrp_compiler.kernels.dialect.norm import NORM_BWD
+from lrp_compiler.kernels.dialect.pooling import MAXPOOL_BWD
 from lrp_compiler.kernels.spec import KernelSpec
 
-DIALECT: tuple[KernelSpec, ...] = (NORM_BWD,)
+DIALECT: tuple[KernelSpec, ...] = (NORM_BWD, MAXPOOL_BWD)
 
 
 def spec_named(name: str) -> KernelSpec:
