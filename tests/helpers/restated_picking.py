@@ -65,4 +65,6 @@ def topk_filter(edge: Tensor, relevance: Tensor, fraction: float) -> Tensor:
 
 RESTATED_PICKING: dict[str, Callable[..., Any]] = {
     "maxpool_bwd": maxpool_bwd,
+    "embedding_relevance": embedding_relevance,
+    "token_relevance": token_relevance,
 }
