@@ -67,4 +67,5 @@ RESTATED_PICKING: dict[str, Callable[..., Any]] = {
     "maxpool_bwd": maxpool_bwd,
     "embedding_relevance": embedding_relevance,
     "token_relevance": token_relevance,
+    "topk_filter": topk_filter,
 }
