@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from lrp_compiler.kernels.dialect.embedding import EMBEDDING_RELEVANCE, TOKEN_RELEVANCE
 from lrp_compiler.kernels.dialect.gated_mlp import GATED_MLP_BWD
 from lrp_compiler.kernels.dialect.norm import NORM_BWD
+from lrp_compiler.kernels.dialect.pooling import MAXPOOL_BWD
 from lrp_compiler.kernels.dialect.rope import ROPE_BWD
 from lrp_compiler.kernels.dialect.softmax import SOFTMAX_BWD
+from lrp_compiler.kernels.dialect.topk import TOPK_FILTER
 from lrp_compiler.kernels.spec import KernelSpec
 
-DIALECT: tuple[KernelSpec, ...] = (NORM_BWD, GATED_MLP_BWD, SOFTMAX_BWD, ROPE_BWD)
+DIALECT: tuple[KernelSpec, ...] = (
+    NORM_BWD,
+    GATED_MLP_BWD,
+    SOFTMAX_BWD,
+    ROPE_BWD,
+    MAXPOOL_BWD,
+    EMBEDDING_RELEVANCE,
+    TOKEN_RELEVANCE,
+    TOPK_FILTER,
+)
 
 
 def spec_named(name: str) -> KernelSpec:

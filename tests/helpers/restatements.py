@@ -7,6 +7,11 @@ from typing import Any
 
 from restated_elementwise import RESTATED_ELEMENTWISE
 from restated_norms import RESTATED_NORMS
+from restated_picking import RESTATED_PICKING
 
-RESTATED: dict[str, Callable[..., Any]] = {**RESTATED_NORMS, **RESTATED_ELEMENTWISE}
+RESTATED: dict[str, Callable[..., Any]] = {
+    **RESTATED_NORMS,
+    **RESTATED_ELEMENTWISE,
+    **RESTATED_PICKING,
+}
 """Op of the dialect -> its formula, written down as plainly as can be; takes and gives float64 tensors."""
