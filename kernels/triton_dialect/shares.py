@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from lrp_compiler.kernels.signsplit import VANISHING
+from lrp_compiler.kernels.triton_dialect.products import nearest
 
 NOISE = tl.constexpr(VANISHING * torch.finfo(torch.float32).eps)
-LARGEST_HALF = tl.constexpr(torch.finfo(torch.float16).max)
 
 
 @triton.jit
@@ -26,9 +26,7 @@ def stabilise(z, epsilon):
 @triton.jit
 def share(relevance, part, u, bias, epsilon):
     """R / stab(part + bias), 0 where the part is the rounding error of its two halves."""
-    # Division by / is approximate on GPUs: two units in the last place.
-    quotient = tl.div_rn(relevance, stabilise(part + bias, epsilon))
-    return tl.where(tl.abs(part) <= NOISE * u, 0.0, quotient)
+    return tl.where(tl.abs(part) <= u * NOISE, 0.0, relevance / stabilise(part + bias, epsilon))
 
 
 @triton.jit
@@ -50,7 +48,7 @@ def gamma_ratio(relevance, z, z0, u, bias, gamma, epsilon):
     half = gamma * 0.5
     signed_bias = tl.where((bias > 0) == (z > 0), bias, 0.0)
     favoured = (1 + half) * z0 + tl.where(z < 0, -half, half) * u + bias + gamma * signed_bias
-    return tl.where(z == 0, 0.0, tl.div_rn(relevance, stabilise(favoured, epsilon)))
+    return tl.where(z == 0, 0.0, relevance / stabilise(favoured, epsilon))
 
 
 @triton.jit
@@ -63,9 +61,9 @@ def epsilon_ratio(c, z, epsilon):
 def rounded(value, dtype: tl.constexpr):
     """``value`` in ``dtype``; what passes float16's largest number becomes that, lest inf - inf blot out a whole row."""
     if dtype == tl.float16:
-        within = tl.minimum(tl.maximum(value, -LARGEST_HALF), LARGEST_HALF)
+        within = tl.clamp(value, -65504.0, 65504.0)
         value = tl.where(tl.abs(value) < float("inf"), within, value)
-    return value.to(dtype)
+    return nearest(value, dtype)
 
 
 @triton.jit
@@ -76,6 +74,7 @@ def packed(flags, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def flipped(value, bytes_of, column):
-    """-value where the bit of ``column`` is set in the byte that holds it, which ``bytes_of`` has for every column."""
-    return tl.where(((bytes_of.to(tl.int32) >> (column & 7).to(tl.int32)) & 1) != 0, -value, value)
+def unpacked(given, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The (ROWS, COLUMNS) flags in the (ROWS, COLUMNS / 8) bytes of ``packed``."""
+    bits = (given.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (ROWS, COLUMNS)) != 0
