@@ -8,10 +8,12 @@ from typing import Any
 from restated_elementwise import RESTATED_ELEMENTWISE
 from restated_norms import RESTATED_NORMS
 from restated_picking import RESTATED_PICKING
+from restated_signsplit import RESTATED_SIGNSPLIT
 
 RESTATED: dict[str, Callable[..., Any]] = {
     **RESTATED_NORMS,
     **RESTATED_ELEMENTWISE,
     **RESTATED_PICKING,
+    **RESTATED_SIGNSPLIT,
 }
 """Op of the dialect -> its formula, written down as plainly as can be; takes and gives float64 tensors."""
