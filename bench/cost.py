@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import command, in_turns, machine, markdown, show, write, write_csv
+from harness import command, in_turns, machine, markdown, show, spread, write, write_csv
 from workloads import Workload, bert, input_x_gradient, resnet, vit
 
 from lrp_compiler import compile_for_lrp
@@ -54,8 +54,7 @@ def rows(work: Workload, repeats: int) -> list[list[str]]:
     median = {name: statistics.median(values) for name, values in taken.items()}
     lines = []
     for name, values in taken.items():
-        low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
-        figures = [f"{milliseconds:.0f}" for milliseconds in (median[name], low, high)]
+        figures = [f"{milliseconds:.0f}" for milliseconds in spread(values)]
         ratios = [f"{median[name] / median[bar]:.2f}" for bar in ("plain forward", "eager input x gradient")]
         lines.append([work.name, name, *figures, *ratios])
     return lines

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import csv
 import platform
+import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+
+HERE = str(Path(__file__).resolve().parent)
+if HERE in sys.path:
+    # Behind installed packages: transformers and others import a "kernels" and a "coverage" that are not ours.
+    sys.path.append(sys.path.pop(sys.path.index(HERE)))
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -28,14 +35,33 @@ def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[st
     return taken
 
 
-def machine(**versions: str) -> str:
-    """What the numbers were measured on: processor, threads, torch, and what else is named."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+"""Those that kernels take, by the names that command lines and tables use."""
+
+
+def short(dtype: torch.dtype) -> str:
+    """The name in DTYPES."""
+    return next(name for name, known in DTYPES.items() if known is dtype)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
+    return statistics.median(values), low, high
+
+
+def machine(device: torch.device | None = None, **versions: str) -> str:
+    """What the numbers were measured on: ``device`` if it is a GPU, else processor and threads; software beside it."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    threads = f"{torch.get_num_threads()} threads"
+    where = [torch.cuda.get_device_name(device)] if device and device.type == "cuda" else [cpu, threads]
     software = {"torch": torch.__version__, **versions}
-    return ", ".join([cpu, f"{torch.get_num_threads()} threads", *(f"{name} {v}" for name, v in software.items())])
+    return ", ".join([*where, *(f"{name} {version}" for name, version in software.items())])
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -48,7 +74,8 @@ def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> No
     table = Table(*header, title=title)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # Into a file or a pipe rich would cut every cell to fit 80 columns.
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
 def write(path: Path, text: str) -> None:
@@ -66,8 +93,9 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         writer.writerows(rows)
 
 
-def command(description: str | None, out: str) -> argparse.ArgumentParser:
+def command(description: str | None, out: str = "") -> argparse.ArgumentParser:
     """The parser of a benchmark's command line, with ``--out`` for what ``out`` says."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help=out)
+    if out:
+        parser.add_argument("--out", type=Path, help=out)
     return parser

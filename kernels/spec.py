@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from lrp_compiler.kernels.autotune import Autotuner, UnfitError, call_key
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that kernels take; all of them accumulate in float32."""
@@ -69,7 +71,9 @@ class KernelSpec:
     ``supports`` must refuse, ``workloads`` calls of the size of real models, for benchmarks and ahead-of-time
     compilation: on the meta device they take no memory. ``flops`` counts a call's arithmetic; ``traffic`` its bytes
     where that is not every operand and result once. ``tolerance``: how many times the eager reference's error against
-    float64 the kernel may make. ``bound`` is what limits it on a GPU. ``source`` cites paper and equation.
+    float64 the kernel may make. ``bound`` is what limits it on a GPU. ``source`` cites paper and equation. ``stock``
+    gives the results by torch's own fused op, or None for calls that this cannot do: another way to run the call, and
+    the bar for benchmarks. ``tuner`` remembers which way is the fastest.
     """
 
     name: str
@@ -86,6 +90,8 @@ class KernelSpec:
     traffic: Callable[..., int] | None = None
     tolerance: float = 2.0
     dtypes: tuple[torch.dtype, ...] = FLOATS
+    stock: Callable[..., Any] | None = None
+    tuner: Autotuner = field(default_factory=Autotuner, compare=False, repr=False)
 
     @cached_property
     def op(self) -> Any:
@@ -115,8 +121,24 @@ class KernelSpec:
         return found
 
     def launch(self, *arguments: Any) -> Any:
-        """Run the kernel: on CUDA tensors, or on CPU tensors in the Triton interpreter."""
-        results, launches = self.plan(*arguments)
+        """Run the kernel, on CUDA tensors or on CPU tensors in the Triton interpreter, the way that is the fastest."""
+        ways = self.ways(*arguments)
+        return ways[self._fastest(ways, arguments)]()
+
+    def way(self, *arguments: Any) -> str:
+        """The name of the way that ``launch`` runs a call."""
+        return self._fastest(self.ways(*arguments), arguments)
+
+    def ways(self, *arguments: Any) -> dict[str, Callable[[], Any]]:
+        """How a call can be run, by name: as its plan chooses, in each of several configurations, and by ``stock``."""
+        others = self.configs if len(self.configs) > 1 else ()
+        ways: dict[str, Callable[[], Any]] = {"default": partial(self.run, arguments)}
+        ways |= {str(config): partial(self.run, arguments, config) for config in others}
+        return ways if self.stock is None else {**ways, "stock": partial(self._run_stock, arguments)}
+
+    def run(self, arguments: tuple[Any, ...], config: Any = None) -> Any:
+        """Run the kernel under a configuration, for None the one that its plan chooses."""
+        results, launches = self.plan(*arguments, config=config)
         for one in launches:
             one.run()
         return results
@@ -127,6 +149,15 @@ class KernelSpec:
         if not allowed:
             raise NotSupportedError(str(allowed))
         return self.op(*arguments)
+
+    def _run_stock(self, arguments: tuple[Any, ...]) -> Any:
+        results = None if self.stock is None else self.stock(*arguments)
+        if results is None:
+            raise UnfitError(f"torch has no op of its own for this call of {self.name}")
+        return results
+
+    def _fastest(self, ways: dict[str, Callable[[], Any]], arguments: tuple[Any, ...]) -> str:
+        return self.tuner.fastest(call_key(arguments), ways, first_tensor(arguments).device)
 
     def work(self, *arguments: Any) -> Work:
         """Bytes and operations of one call."""
@@ -139,6 +170,11 @@ def every_operand_once(spec: KernelSpec, *arguments: Any) -> int:
     results = spec.fake(*arguments)
     tensors = [leaf for leaf in pytree.tree_leaves((arguments, results)) if isinstance(leaf, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def first_tensor(arguments: tuple[Any, ...]) -> Tensor:
+    """The first tensor among the arguments of a call, in lists too."""
+    return next(leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
 
 
 def interpreting() -> bool:
@@ -156,8 +192,7 @@ def define(spec: KernelSpec) -> Any:
     schema = torch.library.infer_schema(spec.reference, mutates_args=())
 
     def run(*arguments: Any) -> Any:
-        first = next(leaf for leaf in arguments if isinstance(leaf, Tensor))
-        taken = runs_kernels(first.device) and spec.supports(*arguments)
+        taken = runs_kernels(first_tensor(arguments).device) and spec.supports(*arguments)
         return spec.launch(*arguments) if taken else spec.reference(*arguments)
 
     op = torch.library.custom_op(f"lrp::{spec.name}", run, mutates_args=(), schema=schema)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from peers import relative_error
+from accuracy import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 

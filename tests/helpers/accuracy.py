@@ -1,4 +1,4 @@
-"""Accuracy against float64: a result may lose at most so many times what eager torch loses in the same dtype."""
+"""How far results are from what they should be; against float64 at most so many times what eager torch loses."""
 
 from __future__ import annotations
 
@@ -31,3 +31,10 @@ def assert_as_accurate(found: Tensor, eager: Tensor, exact: Tensor, factor: floa
     allowed = factor * max(error(eager, exact), rounding(exact, found.dtype))
     made = error(found, exact)
     assert made <= allowed, f"error {made:.3g}, allowed {allowed:.3g} ({factor:g} times eager's)"
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, in units of the largest expected value; infinite unless ``found`` is finite."""
+    if not torch.isfinite(found).all():
+        return float("inf")
+    return float(((found - expected).abs().max() / expected.abs().max()).detach())

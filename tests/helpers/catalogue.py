@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peers import relative_error
+from accuracy import relative_error
 from torch import Tensor, fx
 
 from lrp_compiler import LRPModule

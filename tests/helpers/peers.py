@@ -16,8 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 TORCHVISION = {
     "torchvision": (),
@@ -74,10 +73,3 @@ with _stand_ins(_lxt_without_models()):
 lxt_functional: Any = importlib.import_module("lxt.explicit.functional")
 lxt_explicit_rules: Any = importlib.import_module("lxt.explicit.rules")
 captum: Any = importlib.import_module("captum.attr")
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, in units of the largest expected value; infinite unless ``found`` is finite."""
-    if not torch.isfinite(found).all():
-        return float("inf")
-    return float(((found - expected).abs().max() / expected.abs().max()).detach())

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from accuracy import relative_error
 from differentiable import Explanation, assert_differentiable, relevance_for
-from peers import relative_error
 from torch import Tensor, nn
 
 from lrp_compiler import LRPModule, compile_for_lrp, errors

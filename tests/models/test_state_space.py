@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peers import relative_error
+from accuracy import relative_error
 from state_space import explained_by_autograd, restated_mamba, restated_mamba2
 from torch import Tensor, nn
 from transformers.models.mamba import modeling_mamba

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import relative_error
 from functions import Op
-from peers import relative_error
 from torch import Tensor, nn
 
 from lrp_compiler import compile_for_lrp

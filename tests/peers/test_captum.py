@@ -11,7 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import captum, relative_error
+from accuracy import relative_error
+from peers import captum
 from torch import Tensor, nn
 
 from lrp_compiler import compile_for_lrp, composites

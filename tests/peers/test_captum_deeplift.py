@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import relative_error
 from catalogue import agreement
-from peers import captum, relative_error
+from peers import captum
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from accuracy import relative_error
 from catalogue import agreement
-from peers import lxt_explicit_rules, lxt_functional, lxt_patches, lxt_rules, relative_error
+from peers import lxt_explicit_rules, lxt_functional, lxt_patches, lxt_rules
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accuracy import relative_error
 from catalogue import agreement
 from peers import (
-    relative_error,
     zennit_attribution,
     zennit_canonizers,
     zennit_composites,

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accuracy import relative_error
 from catalogue import agreement
 from peers import (
-    relative_error,
     zennit_attribution,
     zennit_composites,
     zennit_core,

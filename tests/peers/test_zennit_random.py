@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from accuracy import relative_error
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from peers import relative_error, zennit_layer
+from peers import zennit_layer
 from torch import Tensor, nn
 from zennit_networks import CLASSES
 from zennit_oracle import HIGH, LOW, NAMES, ours, zennit_relevance

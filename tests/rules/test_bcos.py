@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import relative_error
 from catalogue import agreement
-from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from accuracy import relative_error
 from catalogue import agreement, note
 from functions import Op
 from hypothesis import given
 from hypothesis import strategies as st
-from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 

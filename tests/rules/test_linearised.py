@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import zoo
+from accuracy import relative_error
 from catalogue import agreement
 from functions import WITH_OFFSET
-from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 

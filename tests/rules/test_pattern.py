@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import relative_error
 from catalogue import agreement
 from hypothesis import given
 from hypothesis import strategies as st
-from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 

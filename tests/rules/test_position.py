@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from accuracy import relative_error
 from catalogue import agreement
-from peers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from accuracy import relative_error
 from catalogue import agreement
 from hypothesis import given
 from hypothesis import strategies as st
-from peers import relative_error
 from recurrence import KINDS, arras, cell, frozen, start
 from torch import Tensor, nn
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import relative_error
 from catalogue import agreement
-from peers import relative_error
 from recurrence import frozen_step
 from torch import Tensor, nn
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accuracy import relative_error
 from catalogue import agreement
 from gallery import InDouble
-from peers import relative_error
 from torch import Tensor, nn
 
 from lrp_compiler import Token, compile_for_lrp, composites

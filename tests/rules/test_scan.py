@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accuracy import relative_error
 from catalogue import agreement
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peers import relative_error
 from state_space import (
     SPELLINGS,
     MambaBlock,
