@@ -7,7 +7,7 @@ WORKERS ?= 2
 # The root must stay off sys.path: a bare "kernels" is another package's name (see CONTRIBUTING.md).
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-full lint golden catalogue aot clean
+.PHONY: demo test test-full lint golden catalogue aot kernel-table gpu clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python examples/demo.py
@@ -32,6 +32,15 @@ catalogue: $(VENV)/test.installed
 # Compiles every kernel for GPUs that need not be here; fails where one spills registers on sm_90.
 aot: $(VENV)/test.installed
 	PYTHONSAFEPATH= $(BIN)/python bench/aot.py --out bench/results/aot.md
+
+# What kernels/dialect/TABLE.md shows of the kernels, and of what is left to torch.
+kernel-table: $(VENV)/test.installed
+	PYTHONSAFEPATH= $(BIN)/python bench/kernel_table.py --out kernels/dialect/TABLE.md
+
+# Under eight minutes, on the python at hand: a machine with a GPU may have torch and triton but no internet.
+# make gpu RESULTS=folder writes there instead of to bench/results/<name of the GPU>.
+gpu:
+	PYTHONSAFEPATH= $(or $(wildcard $(BIN)/python),$(PYTHON)) bench/gpu.py $(if $(RESULTS),--out $(RESULTS))
 
 $(VENV)/base.installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "python >= 3.11 is needed; set PYTHON=")'

@@ -1,4 +1,4 @@
-"""The table of the relevance dialect: every op that has a kernel."""
+"""The tables of the relevance dialect: every op that has a kernel, and what is left to torch, with the reason."""
 
 from __future__ import annotations
 
@@ -38,3 +38,25 @@ def spec_of(target: Any) -> KernelSpec | None:
     schema = getattr(target, "_schema", None)
     name = str(getattr(schema, "name", ""))
     return next((spec for spec in DIALECT if name == f"lrp::{spec.name}"), None)
+
+
+LEFT_TO_TORCH: dict[str, str] = {
+    "plain linear": "c W is one product of cuBLAS; any kernel reads the same bytes and does the same operations",
+    "plain convolution": "cuDNN's data gradient, likewise",
+    "plain product": "both factors' coefficients are cuBLAS products like those of the gradient",
+    "one-sided linear": "for x >= 0, z+, and gamma before a ReLU, are one cuBLAS product each way; a kernel could save"
+    " the pass that clamps W, whose share falls with the number of tokens",
+    "one-sided convolution": "as one-sided linear, by cuDNN; its weights are small beside its activations",
+    "addition": "both terms get the coefficient as it is; where paths meet one addition runs as fast as a copy, or is"
+    " the residual operand of a kernel",
+    "movement": "views take no time; gathering, padding and concatenating move every byte once, as a copy does",
+    "mean pooling and resizing": "torch's backward kernels read and write every element once",
+    "batch norm": "in eval one factor per channel: a link of an elementwise chain",
+    "lone elementwise": "a pointwise op that stands alone reads and writes what any kernel would",
+    "Fourier transform": "one transform of cuFFT each way",
+    "recurrence": "LSTM, GRU and RNN walk back through time in as many small dependent products of cuBLAS as there are"
+    " steps; their latency takes the time, which no count of bytes and operations shows",
+    "difference rules": "the plain products at the mean of both runs' factors, and elementwise chains",
+    "differentiable relevance": "runs the eager references, whose derivatives autograd has: no kernel needs a backward",
+}
+"""What relevance asks for and no kernel of ours does -> why torch's own op or eager code is kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -75,6 +76,15 @@ def test_penalised_relevance_makes_right_for_the_right_reasons() -> None:
     # The bounds leave room for other rounding on other machines, which training amplifies.
     assert max(plain[1:3]) <= 70 and min(penalised[1:3]) >= clean[1] - 4 and clean[1] >= 95
     assert plain[3] >= 30 and penalised[3] <= 5
+
+
+def test_the_table_of_kernels_is_current() -> None:
+    """`make kernel-table` writes it from the registry."""
+    # Scripts of bench/ import each other, which safe paths keep them from.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    command = [sys.executable, str(ROOT / "bench/kernel_table.py")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environ).stdout
+    assert printed == (ROOT / "kernels/dialect/TABLE.md").read_text(encoding="utf-8")
 
 
 def test_every_rule_is_in_the_catalogue() -> None:
