@@ -242,6 +242,8 @@ def _workloads_fwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]
     for method, layer in zip(("gamma", "z_plus", "alpha_beta"), LAYERS, strict=True):
         given = linear_operands(dtype, device, layer.leading, layer.inputs, layer.outputs)
         yield Sample(f"{method} {layer}", (*given, None, *_rule(method)))
+        z = given[0].float()
+        yield Sample(f"{method} with its output {layer}", (*given, z, *_rule(method)))
 
 
 def _workloads_bwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:

@@ -27,9 +27,9 @@ FULL = 120
 """Tiles that keep a large GPU busy."""
 
 
-def fitted(given: Config | None, rows: int, columns: int, dtype: torch.dtype) -> Config:
-    """``given``, or the largest tiles of which there are enough, as float32 can hold them."""
-    chosen = given or next((one for one in CONFIGS if _fills(one, rows, columns)), CONFIGS[-1])
+def fitted(configs: tuple[Config, ...], given: Config | None, rows: int, columns: int, dtype: torch.dtype) -> Config:
+    """``given``, or the first of which there are enough tiles, the last if none; as float32 can hold them."""
+    chosen = given or next((one for one in configs if _fills(one, rows, columns)), configs[-1])
     too_large = dtype == torch.float32 and chosen["BLOCK_ROW"] >= LARGEST_FLOAT32["BLOCK_ROW"]
     return LARGEST_FLOAT32 if too_large else chosen
 
@@ -88,11 +88,12 @@ def tile_of(program, rows, columns, BLOCK_ROW: tl.constexpr, BLOCK_COLUMN: tl.co
 
 @triton.jit
 def columns_of(tile, part: tl.constexpr, PARTS: tl.constexpr):
-    """The columns of one part of a tile, whole or of its halves; they stay in the registers that hold them."""
-    if PARTS == 2:
+    """One of 1, 2 or 4 parts of a tile's columns; they stay in the registers that hold them."""
+    if PARTS == 1:
+        chosen = tile
+    else:
         halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
         left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-        chosen = left if part == 0 else right
-    else:
-        chosen = tile
+        half = left if part < PARTS // 2 else right
+        chosen = columns_of(half, part % (PARTS // 2), PARTS // 2)
     return chosen

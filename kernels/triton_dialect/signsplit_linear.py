@@ -35,7 +35,7 @@ CONFIGS_SIGNSPLIT_LINEAR_FWD = CONFIGS
 CONFIGS_SIGNSPLIT_LINEAR_BWD = CONFIGS
 
 HELD = 32 * 64
-"""Elements of each sum per warp, above which what is stored of them is made of one half after the other."""
+"""Elements of each sum per warp, from which on what is stored of them is made of one quarter after the other."""
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def plan_signsplit_linear_fwd(
     outputs, inputs = weight.shape
     ratio, aside = contiguous_like(c), empty_aside(c, method)
     c, x = as_matrix(c), as_matrix(x)
-    chosen = fitted(config, c.shape[0], outputs, c.dtype)
+    chosen = fitted(CONFIGS, config, c.shape[0], outputs, c.dtype)
     # Another kernel cuts numbers to TF32 in its own way, and u + z0 would be the difference.
     z = None if z is None or _in_tf32(c.dtype) else as_matrix(z)
     arguments = {
@@ -197,7 +197,7 @@ def plan_signsplit_linear_fwd(
         **strides_of(c=c, x=x, weight=weight, z=z),
         "first": float(first), "second": float(second), "epsilon": float(epsilon),
         "METHOD": method, "PRECISION": precision(), **dict(chosen.blocks),
-        "PARTS": 2 if chosen["BLOCK_ROW"] * chosen["BLOCK_COLUMN"] >= HELD * chosen.num_warps else 1,
+        "PARTS": 4 if chosen["BLOCK_ROW"] * chosen["BLOCK_COLUMN"] >= HELD * chosen.num_warps else 1,
     }  # fmt: skip
     grid = (cdiv(c.shape[0], chosen["BLOCK_ROW"]) * cdiv(outputs, chosen["BLOCK_COLUMN"]),)
     return (ratio, aside), [Launch(signsplit_linear_fwd_kernel, grid, arguments, chosen.num_warps, chosen.num_stages)]
@@ -219,7 +219,7 @@ def plan_signsplit_linear_bwd(
     out = contiguous_like(x)
     ratio, x = as_matrix(ratio), as_matrix(x)
     aside_matrix = None if method == "z_plus" else as_matrix(aside)
-    chosen = fitted(config, x.shape[0], inputs, x.dtype)
+    chosen = fitted(CONFIGS, config, x.shape[0], inputs, x.dtype)
     favour = first / 2 if method == "gamma" else 0.0
     arguments = {
         "ratio": ratio, "aside": aside_matrix, "x": x, "weight": weight, "out": out,
