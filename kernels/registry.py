@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lrp_compiler.kernels.dialect.embedding import EMBEDDING_RELEVANCE, TOKEN_RELEVANCE
+from lrp_compiler.kernels.dialect.epsilon_linear import EPSILON_LINEAR_BWD
 from lrp_compiler.kernels.dialect.gated_mlp import GATED_MLP_BWD
 from lrp_compiler.kernels.dialect.norm import NORM_BWD
 from lrp_compiler.kernels.dialect.pooling import MAXPOOL_BWD
@@ -25,6 +26,7 @@ DIALECT: tuple[KernelSpec, ...] = (
     TOPK_FILTER,
     SIGNSPLIT_LINEAR_FWD,
     SIGNSPLIT_LINEAR_BWD,
+    EPSILON_LINEAR_BWD,
 )
 
 

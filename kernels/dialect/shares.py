@@ -62,14 +62,15 @@ def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def packed(flags: Tensor) -> Tensor:
     """(..., N) bools as (..., ceil(N / 8)) bytes: bit b of byte j is flag 8 j + b, and 0 past the end."""
-    grouped = F.pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8)).unflatten(-1, (packed_size(flags.shape[-1]), 8))
-    return (grouped << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(-1, dtype=torch.uint8)
+    padded = F.pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8))
+    grouped = padded.view(*flags.shape[:-1], packed_size(flags.shape[-1]), 8)
+    return torch.sum(grouped << torch.arange(8, dtype=torch.uint8, device=flags.device), -1, dtype=torch.uint8)
 
 
 def unpacked(given: Tensor, size: int) -> Tensor:
     """The (..., size) flags in the (..., ceil(size / 8)) bytes of ``packed``."""
     bits = given.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=given.device) & 1
-    return bits.flatten(-2)[..., :size] != 0
+    return bits.flatten(-2)[..., :size].bool()
 
 
 def packed_size(size: int) -> int:

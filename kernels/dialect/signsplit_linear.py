@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lrp_compiler.kernels.dialect.layers import LAYERS, columns_first, fits_linear, linear_operands
 from lrp_compiler.kernels.dialect.shares import (
     METHODS,
     known_method,
@@ -103,15 +103,6 @@ def _fake_bwd(ratio: Tensor, aside: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return contiguous_like(x)
 
 
-def of_linear(out: Tensor, x: Tensor, weight: Tensor) -> Supported:
-    """``out`` (..., N), ``x`` (..., K) and ``weight`` (N, K) fit together."""
-    if weight.dim() != 2 or 0 in (out.dim(), x.dim()):
-        return Refusal(f"a linear map has a matrix, not a weight of shape {tuple(weight.shape)}")
-    fits = x.shape[-1] == weight.shape[1] and out.shape == (*x.shape[:-1], weight.shape[0])
-    shapes = ", ".join(str(tuple(value.shape)) for value in (out, x, weight))
-    return fits or Refusal(f"output, input and weight of shapes {shapes} do not fit together")
-
-
 def _supports_fwd(
     c: Tensor,
     x: Tensor,
@@ -129,7 +120,7 @@ def _supports_fwd(
             same_device(c, x, weight, bias, z),
             known_dtypes(c, x, weight, bias),
             known_method(method),
-            of_linear(c, x, weight),
+            fits_linear(c, x, weight),
             bias_fits or Refusal("its bias does not have one element per output"),
             z is None or z.shape == c.shape or Refusal("its output and coefficient differ in shape"),
             z is None or z.dtype == torch.float32 or Refusal(f"its output was rounded to {z.dtype}"),
@@ -152,7 +143,7 @@ def _supports_bwd(
             same_device(ratio, aside, x, weight),
             known_dtypes(ratio, x, weight),
             known_method(method),
-            of_linear(ratio, x, weight),
+            fits_linear(ratio, x, weight),
         )
     )
     if not known:
@@ -162,19 +153,6 @@ def _supports_bwd(
     return fits or Refusal(f"{method} stores {tuple(wanted.shape)} of {wanted.dtype} beside the ratio")
 
 
-def _made_up(
-    dtype: torch.dtype, device: torch.device, leading: tuple[int, ...], inputs: int, outputs: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c, x = (torch.randn(*leading, size, device=device).to(dtype) for size in (outputs, inputs))
-    weight = (torch.randn(outputs, inputs, device=device) / max(inputs, 1) ** 0.5).to(dtype)
-    return c, x, weight, (torch.randn(outputs, device=device) / 4).to(dtype)
-
-
-def _columns_first(value: Tensor) -> Tensor:
-    """A matrix with the strides of its transpose; a vector as it is."""
-    return value.t().contiguous().t() if value.dim() == 2 else value
-
-
 def _rule(method: str) -> tuple[str, float, float, float]:
     return method, *PARAMETERS[method], 1e-6
 
@@ -182,17 +160,18 @@ def _rule(method: str) -> tuple[str, float, float, float]:
 def _samples_fwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     for method in METHODS:
         rule = _rule(method)
-        c, x, weight, bias = _made_up(dtype, device, (3, 13), 70, 43)
-        yield Sample(f"{method} 3x13x70->43", (c, x, weight, bias, None, *rule))
+        c, x, weight, bias = linear_operands(dtype, device, (3, 11), 70, 35)
+        yield Sample(f"{method} 3x11x70->35", (c, x, weight, bias, None, *rule))
+        c, x, weight, bias = linear_operands(dtype, device, (2, 3), 40, 17)
         z = F.linear(x.float(), weight.float(), bias.float())
         yield Sample(f"{method} with its output", (c, x, weight, bias, z, *rule))
-        transposed = map(_columns_first, _made_up(dtype, device, (9,), 34, 37))
+        transposed = map(columns_first, linear_operands(dtype, device, (9,), 34, 37))
         yield Sample(f"{method} transposed", (*transposed, None, *rule))
     yield from _special_fwd(dtype, device)
 
 
 def _special_fwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    c, x, weight, bias = _made_up(dtype, device, (5,), 34, 68)
+    c, x, weight, bias = linear_operands(dtype, device, (5,), 34, 68)
     for method in METHODS:
         rule = _rule(method)
         yield Sample(f"{method} every second output", (c[:, ::2], x, weight[::2], bias[::2], None, *rule))
@@ -203,37 +182,40 @@ def _special_fwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     yield Sample("one row, no leading dimension", (c[0], x[0], weight, bias, None, *_rule("gamma")))
 
 
-def _shares_of(arguments: tuple[Tensor, ...], method: str) -> tuple[Tensor, Tensor]:
-    """The stored shares of made-up values, by the reference: of the op's own dtype and shape."""
-    c, x, weight, bias = arguments
-    return signsplit_linear_fwd(c, x, weight, bias, None, *_rule(method))
+def _stored(
+    dtype: torch.dtype, device: torch.device, method: str, leading: tuple[int, ...], outputs: int, inputs: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ratio, aside, x, weight) made up, some of x zero."""
+    ratio, x, weight, _ = linear_operands(dtype, device, leading, inputs, outputs)
+    aside = torch.randn(empty_aside(ratio, method).shape, device=device).to(dtype)
+    if method == "gamma":
+        aside = torch.randint(256, aside.shape, device=device, dtype=torch.uint8)
+    return ratio, aside, x * (x.abs() > 0.6), weight
 
 
 def _samples_bwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    for method, as_relevance in itertools.product(METHODS, (False, True)):
-        rest = (method, *PARAMETERS[method], as_relevance)
-        given = _made_up(dtype, device, (3, 13), 43, 70)
-        x = torch.where(given[1].abs() < 0.1, 0, given[1])
-        yield Sample(f"{method} 3x13x43->70 relevance={as_relevance}", (*_shares_of(given, method), x, given[2], *rest))
     for method in METHODS:
-        rest = (method, *PARAMETERS[method], False)
-        given = _made_up(dtype, device, (5,), 34, 21)
-        ratio, aside = _shares_of(given, method)
-        _, x, weight, _ = given
-        transposed = map(_columns_first, (ratio, aside, x, weight))
-        yield Sample(f"{method} transposed", (*transposed, *rest))
-        yield Sample(f"{method} every second input", (ratio, aside, x[:, ::2], weight[:, ::2], *rest))
-        yield Sample(f"{method} no inputs", (ratio, aside, x[:, :0], weight[:, :0], *rest))
-        rows = aside if aside.dim() == 1 else aside[:0]
-        yield Sample(f"{method} no rows", (ratio[:0], rows, x[:0], weight, *rest))
-        columns = aside if aside.dim() == 1 else aside[:, :0]
-        yield Sample(f"{method} no outputs", (ratio[:, :0], columns, x, weight[:0], *rest))
-        row = aside if aside.dim() == 1 else aside[0]
-        yield Sample(f"{method} no leading dimension", (ratio[0], row, x[0], weight, *rest))
+        rule = (method, *PARAMETERS[method])
+        yield Sample(f"{method} 3x11x43->70", (*_stored(dtype, device, method, (3, 11), 43, 70), *rule, False))
+        yield Sample(f"{method} as relevance", (*_stored(dtype, device, method, (2, 3), 17, 40), *rule, True))
+        yield from _special_bwd(dtype, device, method)
+
+
+def _special_bwd(dtype: torch.dtype, device: torch.device, method: str) -> Iterator[Sample]:
+    stored = _stored(dtype, device, method, (5,), 34, 21)
+    ratio, aside, x, weight = stored
+    rest = (method, *PARAMETERS[method], False)
+    yield Sample(f"{method} transposed", (*map(columns_first, stored), *rest))
+    yield Sample(f"{method} every second input", (ratio, aside, x[:, ::2], weight[:, ::2], *rest))
+    yield Sample(f"{method} no inputs", (ratio, aside, x[:, :0], weight[:, :0], *rest))
+    empty = method == "z_plus"
+    yield Sample(f"{method} no rows", (ratio[:0], aside if empty else aside[:0], x[:0], weight, *rest))
+    yield Sample(f"{method} no outputs", (ratio[:, :0], aside if empty else aside[:, :0], x, weight[:0], *rest))
+    yield Sample(f"{method} no leading dimension", (ratio[0], aside if empty else aside[0], x[0], weight, *rest))
 
 
 def _refused_fwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    c, x, weight, bias = _made_up(dtype, device, (3,), 4, 5)
+    c, x, weight, bias = linear_operands(dtype, device, (3,), 4, 5)
     rule = _rule("gamma")
     wide = tuple(value.double() for value in (c, x, weight, bias))
     yield Sample("float64", (*wide, None, *rule))
@@ -247,9 +229,7 @@ def _refused_fwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
 
 
 def _refused_bwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    given = _made_up(dtype, device, (3,), 4, 5)
-    ratio, aside = _shares_of(given, "gamma")
-    _, x, weight, _ = given
+    ratio, aside, x, weight = _stored(dtype, device, "gamma", (3,), 5, 4)
     rest = ("gamma", 0.25, 0.0, False)
     yield Sample("float64", (ratio.double(), aside, x.double(), weight.double(), *rest))
     yield Sample("a vector for a weight", (ratio, aside, x, weight[0], *rest))
@@ -258,25 +238,18 @@ def _refused_bwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     yield Sample("an unknown method", (ratio, aside, x, weight, "w_plus", 0.0, 0.0, False))
 
 
-MODELS = (("ViT-B/16", (8, 197), 768, 3072), ("Llama 8B", (2048,), 4096, 14336), ("BERT", (8, 512), 768, 768))
-"""Linear layers of real models: name, leading dimensions, inputs, outputs."""
-
-
-def _label(method: str, model: str, leading: tuple[int, ...], inputs: int, outputs: int) -> str:
-    return f"{method} {'x'.join(map(str, leading))} {inputs}->{outputs} ({model})"
-
-
 def _workloads_fwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    for method, (model, *sizes) in zip(("gamma", "z_plus", "alpha_beta"), MODELS, strict=True):
-        yield Sample(_label(method, model, *sizes), (*_made_up(dtype, device, *sizes), None, *_rule(method)))
+    for method, layer in zip(("gamma", "z_plus", "alpha_beta"), LAYERS, strict=True):
+        given = linear_operands(dtype, device, layer.leading, layer.inputs, layer.outputs)
+        yield Sample(f"{method} {layer}", (*given, None, *_rule(method)))
+        z = given[0].float()
+        yield Sample(f"{method} with its output {layer}", (*given, z, *_rule(method)))
 
 
 def _workloads_bwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    for method, (model, *sizes) in zip(("gamma", "z_plus", "alpha_beta"), MODELS, strict=True):
-        ratio, x, weight, _ = _made_up(dtype, device, *sizes)
-        aside = torch.randint(256, empty_aside(ratio, method).shape, device=device, dtype=torch.uint8)
-        aside = aside if method == "gamma" else aside.to(dtype)
-        yield Sample(_label(method, model, *sizes), (ratio, aside, x, weight, method, *PARAMETERS[method], False))
+    for method, layer in zip(("gamma", "z_plus", "alpha_beta"), LAYERS, strict=True):
+        stored = _stored(dtype, device, method, layer.leading, layer.outputs, layer.inputs)
+        yield Sample(f"{method} {layer}", (*stored, method, *PARAMETERS[method], False))
 
 
 def _flops_fwd(c: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, *rest: Any) -> int:

@@ -20,17 +20,17 @@ CONFIGS = (
 )
 """Tiles for two sums at once, the largest first: results of ROW x COLUMN, INNER terms at a time."""
 
-LARGEST_FLOAT32 = config(4, 3, BLOCK_ROW=64, BLOCK_COLUMN=64, BLOCK_INNER=32)
+LARGEST_FLOAT32 = config(8, 3, BLOCK_ROW=64, BLOCK_COLUMN=64, BLOCK_INNER=16)
 """What float32's products, made of scalar ones, hold in registers."""
 
 FULL = 120
 """Tiles that keep a large GPU busy."""
 
 
-def fitted(given: Config | None, rows: int, columns: int, dtype: torch.dtype) -> Config:
-    """``given``, or the largest tiles of which there are enough, as float32 can hold them."""
-    chosen = given or next((one for one in CONFIGS if _fills(one, rows, columns)), CONFIGS[-1])
-    too_large = dtype == torch.float32 and chosen["BLOCK_ROW"] > LARGEST_FLOAT32["BLOCK_ROW"]
+def fitted(configs: tuple[Config, ...], given: Config | None, rows: int, columns: int, dtype: torch.dtype) -> Config:
+    """``given``, or the first of which there are enough tiles, the last if none; as float32 can hold them."""
+    chosen = given or next((one for one in configs if _fills(one, rows, columns)), configs[-1])
+    too_large = dtype == torch.float32 and chosen["BLOCK_ROW"] >= LARGEST_FLOAT32["BLOCK_ROW"]
     return LARGEST_FLOAT32 if too_large else chosen
 
 
@@ -49,22 +49,28 @@ def as_matrix(value: Tensor) -> Tensor:
     return value.reshape(value.shape[:-1].numel(), value.shape[-1])
 
 
+def strides_of(**matrices: Tensor | None) -> dict[str, int]:
+    """Every matrix's strides as <name>_row and <name>_column; 0 for none."""
+    given = [(name, (0, 0) if value is None else value.stride()) for name, value in matrices.items()]
+    return {
+        f"{name}_{way}": stride for name, pair in given for way, stride in zip(("row", "column"), pair, strict=True)
+    }
+
+
 @triton.jit
 def multiplicand(tile):
     """``tile`` as it may be multiplied; Triton's interpreter would multiply the bits of bfloat16 as integers."""
-    if INTERPRETED:
-        if tile.dtype == tl.bfloat16:
-            tile = tile.to(tl.float32)
+    if INTERPRETED and tile.dtype == tl.bfloat16:
+        tile = tile.to(tl.float32)
     return tile
 
 
 @triton.jit
 def nearest(value, dtype: tl.constexpr):
     """float32 rounded to the nearest of ``dtype``; Triton's interpreter would cut bfloat16 off instead."""
-    if INTERPRETED:
-        if dtype == tl.bfloat16:
-            bits = value.to(tl.int32, bitcast=True)
-            value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return value.to(dtype)
 
 
@@ -82,11 +88,12 @@ def tile_of(program, rows, columns, BLOCK_ROW: tl.constexpr, BLOCK_COLUMN: tl.co
 
 @triton.jit
 def columns_of(tile, part: tl.constexpr, PARTS: tl.constexpr):
-    """The columns of one part of a tile, whole or of its halves; they stay in the registers that hold them."""
-    if PARTS == 2:
+    """One of 1, 2 or 4 parts of a tile's columns; they stay in the registers that hold them."""
+    if PARTS == 1:
+        chosen = tile
+    else:
         halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
         left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-        chosen = left if part == 0 else right
-    else:
-        chosen = tile
+        half = left if part < PARTS // 2 else right
+        chosen = columns_of(half, part % (PARTS // 2), PARTS // 2)
     return chosen

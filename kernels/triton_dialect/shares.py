@@ -59,7 +59,7 @@ def epsilon_ratio(c, z, epsilon):
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
-    """``value`` in ``dtype``; what passes float16's largest number becomes that, lest inf - inf blot out a whole row."""
+    """``value`` in ``dtype``; what is finite stays finite in float16, lest inf - inf blot out a whole row."""
     if dtype == tl.float16:
         within = tl.clamp(value, -65504.0, 65504.0)
         value = tl.where(tl.abs(value) < float("inf"), within, value)

@@ -19,6 +19,7 @@ from lrp_compiler.kernels.triton_dialect.products import (
     multiplicand,
     nearest,
     precision,
+    strides_of,
     tile_of,
 )
 from lrp_compiler.kernels.triton_dialect.shares import (
@@ -32,6 +33,9 @@ from lrp_compiler.kernels.triton_dialect.shares import (
 
 CONFIGS_SIGNSPLIT_LINEAR_FWD = CONFIGS
 CONFIGS_SIGNSPLIT_LINEAR_BWD = CONFIGS
+
+HELD = 32 * 64
+"""Elements of each sum per warp, from which on what is stored of them is made of one quarter after the other."""
 
 
 @triton.jit
@@ -182,20 +186,18 @@ def plan_signsplit_linear_fwd(
     outputs, inputs = weight.shape
     ratio, aside = contiguous_like(c), empty_aside(c, method)
     c, x = as_matrix(c), as_matrix(x)
-    chosen = fitted(config, c.shape[0], outputs, c.dtype)
+    chosen = fitted(CONFIGS, config, c.shape[0], outputs, c.dtype)
     # Another kernel cuts numbers to TF32 in its own way, and u + z0 would be the difference.
     z = None if z is None or _in_tf32(c.dtype) else as_matrix(z)
     arguments = {
         "c": c, "x": x, "weight": weight, "bias": bias, "z": z, "ratio": ratio,
         "aside": None if method == "z_plus" else aside,
         "rows": c.shape[0], "inputs": inputs, "outputs": outputs, "bytes_per_row": packed_size(outputs),
-        "c_row": c.stride(0), "c_column": c.stride(1), "x_row": x.stride(0), "x_column": x.stride(1),
-        "weight_row": weight.stride(0), "weight_column": weight.stride(1),
         "bias_stride": 0 if bias is None else bias.stride(0),
-        "z_row": 0 if z is None else z.stride(0), "z_column": 0 if z is None else z.stride(1),
+        **strides_of(c=c, x=x, weight=weight, z=z),
         "first": float(first), "second": float(second), "epsilon": float(epsilon),
         "METHOD": method, "PRECISION": precision(), **dict(chosen.blocks),
-        "PARTS": 2 if chosen["BLOCK_COLUMN"] == 128 else 1,
+        "PARTS": 4 if chosen["BLOCK_ROW"] * chosen["BLOCK_COLUMN"] >= HELD * chosen.num_warps else 1,
     }  # fmt: skip
     grid = (cdiv(c.shape[0], chosen["BLOCK_ROW"]) * cdiv(outputs, chosen["BLOCK_COLUMN"]),)
     return (ratio, aside), [Launch(signsplit_linear_fwd_kernel, grid, arguments, chosen.num_warps, chosen.num_stages)]
@@ -217,16 +219,12 @@ def plan_signsplit_linear_bwd(
     out = contiguous_like(x)
     ratio, x = as_matrix(ratio), as_matrix(x)
     aside_matrix = None if method == "z_plus" else as_matrix(aside)
-    chosen = fitted(config, x.shape[0], inputs, x.dtype)
+    chosen = fitted(CONFIGS, config, x.shape[0], inputs, x.dtype)
     favour = first / 2 if method == "gamma" else 0.0
     arguments = {
         "ratio": ratio, "aside": aside_matrix, "x": x, "weight": weight, "out": out,
         "rows": x.shape[0], "inputs": inputs, "outputs": outputs,
-        "ratio_row": ratio.stride(0), "ratio_column": ratio.stride(1),
-        "aside_row": 0 if aside_matrix is None else aside_matrix.stride(0),
-        "aside_column": 0 if aside_matrix is None else aside_matrix.stride(1),
-        "x_row": x.stride(0), "x_column": x.stride(1),
-        "weight_row": weight.stride(0), "weight_column": weight.stride(1),
+        **strides_of(ratio=ratio, aside=aside_matrix, x=x, weight=weight),
         "plain_factor": 1.0 + favour, "absolute_factor": favour if method == "gamma" else 1.0,
         "METHOD": method, "AS_RELEVANCE": as_relevance,
         "ADDS_FIRST": x.dtype == torch.float32 and not _in_tf32(x.dtype),

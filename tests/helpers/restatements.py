@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from restated_elementwise import RESTATED_ELEMENTWISE
+from restated_epsilon import RESTATED_EPSILON
 from restated_norms import RESTATED_NORMS
 from restated_picking import RESTATED_PICKING
 from restated_signsplit import RESTATED_SIGNSPLIT
@@ -15,5 +16,6 @@ RESTATED: dict[str, Callable[..., Any]] = {
     **RESTATED_ELEMENTWISE,
     **RESTATED_PICKING,
     **RESTATED_SIGNSPLIT,
+    **RESTATED_EPSILON,
 }
 """Op of the dialect -> its formula, written down as plainly as can be; takes and gives float64 tensors."""
