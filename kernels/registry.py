@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from lrp_compiler.kernels.dialect.elementwise import ELEMENTWISE_CHAIN
 from lrp_compiler.kernels.dialect.gated_mlp import GATED_MLP_BWD
 from lrp_compiler.kernels.dialect.norm import NORM_BWD
 from lrp_compiler.kernels.dialect.rope import ROPE_BWD
 from lrp_compiler.kernels.dialect.softmax import SOFTMAX_BWD
 from lrp_compiler.kernels.spec import KernelSpec
 
-DIALECT: tuple[KernelSpec, ...] = (NORM_BWD, GATED_MLP_BWD, SOFTMAX_BWD, ROPE_BWD)
+DIALECT: tuple[KernelSpec, ...] = (NORM_BWD, GATED_MLP_BWD, SOFTMAX_BWD, ROPE_BWD, ELEMENTWISE_CHAIN)
 
 
 def spec_named(name: str) -> KernelSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -141,6 +141,11 @@ def every_operand_once(spec: KernelSpec, *arguments: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def first_tensor(arguments: tuple[Any, ...]) -> Tensor:
+    """The first tensor among the arguments of a call, in lists too."""
+    return next(leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -156,8 +161,7 @@ def define(spec: KernelSpec) -> Any:
     schema = torch.library.infer_schema(spec.reference, mutates_args=())
 
     def run(*arguments: Any) -> Any:
-        first = next(leaf for leaf in arguments if isinstance(leaf, Tensor))
-        taken = runs_kernels(first.device) and spec.supports(*arguments)
+        taken = runs_kernels(first_tensor(arguments).device) and spec.supports(*arguments)
         return spec.launch(*arguments) if taken else spec.reference(*arguments)
 
     op = torch.library.custom_op(f"lrp::{spec.name}", run, mutates_args=(), schema=schema)
@@ -170,13 +174,19 @@ def _one_by_one(op: Any, batch: int, dims: tuple[Any, ...], arguments: tuple[Any
     """Call ``op`` once per mapped element and stack the results."""
     made = []
     for index in range(batch):
-        chosen = [
-            argument if dim is None else argument.select(dim, index)
-            for argument, dim in zip(arguments, dims, strict=True)
-        ]
-        made.append(op(*chosen))
+        made.append(op(*_elements(arguments, dims, index)))
     stacked = pytree.tree_map(lambda *parts: torch.stack(parts), *made)
     return stacked, pytree.tree_map(lambda _: 0, stacked)
+
+
+def _elements(arguments: Sequence[Any], dims: Sequence[Any], index: int) -> list[Any]:
+    """What one call of several is given, in lists of tensors too."""
+    return [
+        _elements(argument, dim, index)
+        if isinstance(dim, (list, tuple))
+        else (argument if dim is None else argument.select(dim, index))
+        for argument, dim in zip(arguments, dims, strict=True)
+    ]
 
 
 def contiguous_like(value: Tensor) -> Tensor:
