@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lrp_compiler.kernels.dialect.elementwise import ELEMENTWISE_CHAIN
 from lrp_compiler.kernels.dialect.embedding import EMBEDDING_RELEVANCE, TOKEN_RELEVANCE
 from lrp_compiler.kernels.dialect.epsilon_linear import EPSILON_LINEAR_BWD
 from lrp_compiler.kernels.dialect.gated_mlp import GATED_MLP_BWD
@@ -27,6 +28,7 @@ DIALECT: tuple[KernelSpec, ...] = (
     SIGNSPLIT_LINEAR_FWD,
     SIGNSPLIT_LINEAR_BWD,
     EPSILON_LINEAR_BWD,
+    ELEMENTWISE_CHAIN,
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -205,13 +205,21 @@ def _one_by_one(op: Any, batch: int, dims: tuple[Any, ...], arguments: tuple[Any
     """Call ``op`` once per mapped element and stack the results."""
     made = []
     for index in range(batch):
-        chosen = [
-            argument.select(dim, index) if isinstance(argument, Tensor) and dim is not None else argument
-            for argument, dim in zip(arguments, dims, strict=True)
-        ]
-        made.append(op(*chosen))
+        made.append(op(*_elements(arguments, dims, index)))
     stacked = pytree.tree_map(lambda *parts: torch.stack(parts), *made)
     return stacked, pytree.tree_map(lambda _: 0, stacked)
+
+
+def _elements(arguments: Sequence[Any], dims: Sequence[Any], index: int) -> list[Any]:
+    """What one call of several is given, in lists of tensors too."""
+    return [
+        _elements(argument, dim, index)
+        if isinstance(dim, (list, tuple))
+        else argument.select(dim, index)
+        if isinstance(argument, Tensor) and dim is not None
+        else argument
+        for argument, dim in zip(arguments, dims, strict=True)
+    ]
 
 
 def contiguous_like(value: Tensor) -> Tensor:

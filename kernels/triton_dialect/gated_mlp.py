@@ -20,17 +20,17 @@ CONFIGS_GATED_MLP_BWD = (
 
 
 @triton.jit
-def gate_function(x, ACTIVATION: tl.constexpr):
+def gate_function(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """g(x) of f(x) = x g(x); not for "identity"."""
     if ACTIVATION == "silu":
-        return maths.sigmoid(x)
+        return maths.sigmoid(x, EXACT)
     elif ACTIVATION == "quick_gelu":
-        return maths.sigmoid(1.702 * x)
+        return maths.sigmoid(1.702 * x, EXACT)
     elif ACTIVATION == "gelu":
-        return 0.5 * maths.erfc(x * -0.70710678118654752)
+        return 0.5 * maths.erfc(x * -0.70710678118654752, EXACT)
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2 u).
-        return maths.sigmoid(1.59576912160573071 * (x + 0.044715 * x * x * x))
+        return maths.sigmoid(1.59576912160573071 * (x + 0.044715 * x * x * x), EXACT)
     else:
         tl.static_assert(ACTIVATION == "relu", "no gate function of this activation")
         return tl.where(x > 0, 1.0, 0.0)
@@ -54,7 +54,7 @@ def gated_mlp_bwd_kernel(
     x = tl.load(gate_address, mask=inside, other=0.0).to(tl.float32)
     other = tl.load(up_address, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION != "identity":
-        opened = gate_function(x, ACTIVATION)
+        opened = gate_function(x, ACTIVATION, c_gate.dtype.element_ty == tl.float32)
         x *= opened
         other *= opened
     place = row[:, None] * columns + column

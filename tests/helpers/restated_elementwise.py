@@ -60,8 +60,68 @@ def rope_bwd(c: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return made
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+SCALARS: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "neg": lambda a: -a,
+    "reciprocal": lambda a: 1 / a,
+    "abs": abs,
+    "sign": lambda a: (a > 0) - (a < 0),
+    "exp": math.exp,
+    "log": math.log,
+    "sqrt": math.sqrt,
+    "rsqrt": lambda a: 1 / math.sqrt(a),
+    "tanh": math.tanh,
+    "sigmoid": lambda a: (1 + math.tanh(a / 2)) / 2,
+    "silu": lambda a: a * (1 + math.tanh(a / 2)) / 2,
+    "erf": math.erf,
+    "erfc": math.erfc,
+    "relu": lambda a: a if a > 0 else 0.0,
+    "clamp_min": max,
+    "clamp_max": min,
+    "minimum": min,
+    "maximum": max,
+    "threshold_backward": lambda a, b, c: a if b > c else 0.0,
+    "where": lambda a, b, c: b if a else c,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "logical_and": lambda a, b: bool(a and b),
+    "logical_or": lambda a, b: bool(a or b),
+    "logical_not": lambda a: not a,
+}
+"""Every instruction on Python's own numbers."""
+
+
+def elementwise_chain(inputs: list[Tensor], program: str) -> list[Tensor]:
+    """One element after the other, in Python's numbers, which are float64."""
+    spread = torch.broadcast_tensors(*inputs)
+    results: dict[int, list[float]] = {}
+    for values in zip(*(one.flatten().tolist() for one in spread), strict=True):
+        registers = list(values)
+        for line, words in enumerate(text.split() for text in program.split("\n")):
+            if words and words[0] == "out":
+                results.setdefault(line, []).append(registers[int(words[1])])
+            elif words and words[0] == "cast":
+                registers.append(float(torch.tensor(registers[int(words[1])]).to(DTYPES[words[2]])))
+            elif words:
+                given = [registers[int(one)] if one.isdigit() else float(one) for one in words[1:]]
+                registers.append(SCALARS[words[0]](*given))
+    wanted = program.split().count("out")
+    made = list(results.values()) or [[]] * wanted
+    return [torch.tensor(one, dtype=torch.float64).reshape(spread[0].shape) for one in made]
+
+
 RESTATED_ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "gated_mlp_bwd": gated_mlp_bwd,
     "softmax_bwd": softmax_bwd,
     "rope_bwd": rope_bwd,
+    "elementwise_chain": elementwise_chain,
 }
