@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from ceilings import Ceilings, is_gpu
-from harness import markdown, short, spread, write, write_csv
+from harness import machine, markdown, short, spread, write, write_csv
 from kernel_cases import CUBLAS, EAGER, KERNEL, STOCK, Case, Timing
 from matplotlib.figure import Figure
 
@@ -74,9 +74,8 @@ def by_case(timings: Iterable[Timing]) -> dict[Case, dict[str, Timing]]:
 
 def facts(device: torch.device, ceilings: Ceilings) -> dict[str, object]:
     """The machine, the software and the ceilings, for a line of JSON."""
-    on_gpu = is_gpu(device)
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "device": machine(device),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
@@ -104,14 +103,15 @@ def _commit() -> str:
         return "unknown"
 
 
+CHECKED = "Each kernel was compared with its reference in float64 on the same numbers before it was timed."
+
 TEXT = """# Kernels of the relevance dialect, measured
 
 `python bench/kernels.py --repeats {repeats}` on {machine}.
 
-Each kernel was compared with its reference in float64 on these inputs before anything was timed. Medians with p20 and
-p80; providers take turns, and every call finds its inputs outside the cache where sets of inputs suffice for that.
-Bytes and operations are those a call cannot do without; the roofline is the share of the least time that the measured
-ceilings allow for them.
+{checked} Medians with p20 and p80; providers take turns, and every call finds its inputs outside the cache where sets
+of inputs suffice for that. Bytes and operations are those a call cannot do without; the roofline is the share of the
+least time that the measured ceilings allow for them.
 
 {ceilings}
 
@@ -125,6 +125,7 @@ def write_all(
     folder: Path, timings: Sequence[Timing], ceilings: Ceilings, device: torch.device, texts: dict[str, str]
 ) -> None:
     """kernels.md, kernels.csv and machine.json in ``folder``; ``texts`` fills in what else TEXT shows."""
+    texts = {**texts, "checked": CHECKED if is_gpu(device) else "No kernel was run."}
     write(folder / "kernels.md", TEXT.format(timings=markdown(HEADER, rows(timings, ceilings)), **texts))
     write(folder / "machine.json", json.dumps(facts(device, ceilings)) + "\n")
     write_csv(folder / "kernels.csv", COLUMNS, (record(timing, ceilings) for timing in timings))
@@ -142,7 +143,7 @@ def plot(path: Path, timings: Sequence[Timing], ceilings: Ceilings, title: str) 
     """The roofline: operations per second over operations per byte, kernels filled and eager hollow."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    shown = [timing for timing in timings if timing.provider in (KERNEL, EAGER)]
+    shown = [timing for timing in timings if timing.provider in (KERNEL, EAGER) and timing.work.flops]
     intensities = [timing.work.flops / max(timing.work.bytes, 1) for timing in shown]
     ends = min(intensities) / 2, max([*intensities, *(top / ceilings.copy for top in ceilings.product.values())]) * 2
     for dtype, top in ceilings.product.items():
@@ -156,7 +157,8 @@ def plot(path: Path, timings: Sequence[Timing], ceilings: Ceilings, title: str) 
         axes.scatter(intensity, made, s=24, facecolors=fill, edgecolors=colours[name])
     for name, colour in colours.items():
         axes.scatter([], [], s=24, color=colour, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second", title=title)
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second")
+    axes.set_title(f"{title}\nkernels filled, eager hollow")
     axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -142,7 +142,7 @@ class Run:
         show("Kernels", HEADER, rows(self.timings, self.ceilings))
         for line in self.left_out:
             print(line)
-        if self.chosen.plot and self.timings:
+        if self.chosen.plot and any(timing.work.flops for timing in self.timings):
             plot(self.chosen.plot, self.timings, self.ceilings, machine(self.device))
 
 
