@@ -11,6 +11,7 @@ from lrp_compiler.kernels.dialect.gated_mlp import GATED_MLP_BWD
 from lrp_compiler.kernels.dialect.norm import NORM_BWD
 from lrp_compiler.kernels.dialect.pooling import MAXPOOL_BWD
 from lrp_compiler.kernels.dialect.rope import ROPE_BWD
+from lrp_compiler.kernels.dialect.selective_scan import SELECTIVE_SCAN_TRANSPOSE
 from lrp_compiler.kernels.dialect.signsplit_linear import SIGNSPLIT_LINEAR_BWD, SIGNSPLIT_LINEAR_FWD
 from lrp_compiler.kernels.dialect.softmax import SOFTMAX_BWD
 from lrp_compiler.kernels.dialect.topk import TOPK_FILTER
@@ -29,6 +30,7 @@ DIALECT: tuple[KernelSpec, ...] = (
     SIGNSPLIT_LINEAR_BWD,
     EPSILON_LINEAR_BWD,
     ELEMENTWISE_CHAIN,
+    SELECTIVE_SCAN_TRANSPOSE,
 )
 
 

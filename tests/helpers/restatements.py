@@ -9,6 +9,7 @@ from restated_elementwise import RESTATED_ELEMENTWISE
 from restated_epsilon import RESTATED_EPSILON
 from restated_norms import RESTATED_NORMS
 from restated_picking import RESTATED_PICKING
+from restated_scans import RESTATED_SCANS
 from restated_signsplit import RESTATED_SIGNSPLIT
 
 RESTATED: dict[str, Callable[..., Any]] = {
@@ -17,5 +18,6 @@ RESTATED: dict[str, Callable[..., Any]] = {
     **RESTATED_PICKING,
     **RESTATED_SIGNSPLIT,
     **RESTATED_EPSILON,
+    **RESTATED_SCANS,
 }
 """Op of the dialect -> its formula, written down as plainly as can be; takes and gives float64 tensors."""
