@@ -8,6 +8,7 @@ from lrp_compiler.kernels.dialect.elementwise import ELEMENTWISE_CHAIN
 from lrp_compiler.kernels.dialect.embedding import EMBEDDING_RELEVANCE, TOKEN_RELEVANCE
 from lrp_compiler.kernels.dialect.epsilon_linear import EPSILON_LINEAR_BWD
 from lrp_compiler.kernels.dialect.gated_mlp import GATED_MLP_BWD
+from lrp_compiler.kernels.dialect.linear_attention import LINEAR_ATTENTION_TRANSPOSE
 from lrp_compiler.kernels.dialect.norm import NORM_BWD
 from lrp_compiler.kernels.dialect.pooling import MAXPOOL_BWD
 from lrp_compiler.kernels.dialect.rope import ROPE_BWD
@@ -31,6 +32,7 @@ DIALECT: tuple[KernelSpec, ...] = (
     EPSILON_LINEAR_BWD,
     ELEMENTWISE_CHAIN,
     SELECTIVE_SCAN_TRANSPOSE,
+    LINEAR_ATTENTION_TRANSPOSE,
 )
 
 
