@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lrp_compiler.kernels.dialect.attention import ATTENTION_LRP_BWD
+from lrp_compiler.kernels.dialect.attention_map import ATTENTION_LRP_HEADS, ATTENTION_LRP_MAP
 from lrp_compiler.kernels.dialect.elementwise import ELEMENTWISE_CHAIN
 from lrp_compiler.kernels.dialect.embedding import EMBEDDING_RELEVANCE, TOKEN_RELEVANCE
 from lrp_compiler.kernels.dialect.epsilon_linear import EPSILON_LINEAR_BWD
@@ -33,6 +35,9 @@ DIALECT: tuple[KernelSpec, ...] = (
     ELEMENTWISE_CHAIN,
     SELECTIVE_SCAN_TRANSPOSE,
     LINEAR_ATTENTION_TRANSPOSE,
+    ATTENTION_LRP_BWD,
+    ATTENTION_LRP_MAP,
+    ATTENTION_LRP_HEADS,
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from restated_attention import RESTATED_ATTENTION
 from restated_elementwise import RESTATED_ELEMENTWISE
 from restated_epsilon import RESTATED_EPSILON
 from restated_norms import RESTATED_NORMS
@@ -19,5 +20,6 @@ RESTATED: dict[str, Callable[..., Any]] = {
     **RESTATED_SIGNSPLIT,
     **RESTATED_EPSILON,
     **RESTATED_SCANS,
+    **RESTATED_ATTENTION,
 }
 """Op of the dialect -> its formula, written down as plainly as can be; takes and gives float64 tensors."""
