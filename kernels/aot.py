@@ -85,24 +85,34 @@ def builds(spec: KernelSpec, chip: Chip, dtypes: tuple[torch.dtype, ...]) -> Ite
                         yield _build(spec, chip, sample, dtype, str(config or "-"), launch)
 
 
-def described(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+def described(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """(signature, constants, attributes) that a launch on a device would infer from its arguments."""
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        # Python's True is 1 too, but booleans reach kernels as constexprs alone.
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
-        elif isinstance(value, (Tensor, int)):
-            signature[parameter.name] = _type_of(value)
-            if isinstance(value, Tensor) or value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "fp32"
+            signature[parameter.name] = _specialised(value, (index,), constants, attributes)
     return signature, constants, attributes
+
+
+def _specialised(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
+    """The type of an argument, tuples element by element, and at its path what else is known of it."""
+    if isinstance(value, tuple):
+        return tuple(_specialised(one, (*path, index), constants, attributes) for index, one in enumerate(value))
+    # Python's True is 1 too, but booleans reach kernels as constexprs alone.
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, (Tensor, int)):
+        if isinstance(value, Tensor) or value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return _type_of(value)
+    return "fp32"
 
 
 def _type_of(value: Tensor | int) -> str:

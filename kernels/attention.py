@@ -107,8 +107,9 @@ def shared_heads(repeated: Tensor, shared: Tensor) -> Tensor:
     """The transpose of ``repeat_heads``: what arrives at a key or value from all query heads it serves."""
     if repeated.shape == shared.shape:
         return repeated
-    heads = shared.shape[-3]
-    return repeated.reshape(*repeated.shape[:-3], heads, -1, *repeated.shape[-2:]).sum(-3)
+    heads, *rest = shared.shape[-3:]
+    members = repeated.shape[-3] // max(heads, 1)
+    return repeated.reshape(*repeated.shape[:-3], heads, members, *rest).sum(-3)
 
 
 def attention_sinks(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def config(num_warps: int = 4, num_stages: int = 2, **blocks: int) -> Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call: the jit function, its grid, and its arguments by name (tensors, numbers and constexprs)."""
+    """One kernel call: the jit function, its grid, and its arguments by name: tensors, numbers, tuples, constexprs."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -45,7 +46,7 @@ class Launch:
         """Run it on the device of its tensors; an empty grid runs nothing."""
         if 0 in self.grid:
             return
-        device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        device = next(leaf.device for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Tensor))
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here:
             self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)

@@ -22,6 +22,16 @@ def relevance_of(c: Tensor, value: Tensor) -> Tensor:
     return c * value
 
 
+def summed_over_dimensions(relevance: Tensor) -> Tensor:
+    """Relevance per token from that of its embedding's dimensions, (..., D) -> (...), in float32 or wider."""
+    return relevance.sum(-1, dtype=torch.promote_types(relevance.dtype, torch.float32))
+
+
+def token_relevance(c: Tensor, embedding: Tensor) -> Tensor:
+    """sum of a c over the dimensions of an embedding, (..., D) -> (...), summed in float32 or wider."""
+    return summed_over_dimensions(relevance_of(c, embedding))
+
+
 def stabilise(z: Tensor, epsilon: float) -> Tensor:
     """z + epsilon * sign(z) with sign(0) = +1 (zennit's convention, RULES.md 0.1 ST-Z); complex z: z / |z|."""
     if z.is_complex():

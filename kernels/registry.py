@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from lrp_compiler.kernels.dialect.attention import ATTENTION_LRP_BWD
+from lrp_compiler.kernels.dialect.attention_map import ATTENTION_LRP_HEADS, ATTENTION_LRP_MAP
+from lrp_compiler.kernels.dialect.elementwise import ELEMENTWISE_CHAIN
+from lrp_compiler.kernels.dialect.embedding import EMBEDDING_RELEVANCE, TOKEN_RELEVANCE
+from lrp_compiler.kernels.dialect.epsilon_linear import EPSILON_LINEAR_BWD
+from lrp_compiler.kernels.dialect.gated_mlp import GATED_MLP_BWD
+from lrp_compiler.kernels.dialect.linear_attention import LINEAR_ATTENTION_TRANSPOSE
 from lrp_compiler.kernels.dialect.norm import NORM_BWD
+from lrp_compiler.kernels.dialect.pooling import MAXPOOL_BWD
+from lrp_compiler.kernels.dialect.rope import ROPE_BWD
+from lrp_compiler.kernels.dialect.selective_scan import SELECTIVE_SCAN_TRANSPOSE
+from lrp_compiler.kernels.dialect.signsplit_linear import SIGNSPLIT_LINEAR_BWD, SIGNSPLIT_LINEAR_FWD
+from lrp_compiler.kernels.dialect.softmax import SOFTMAX_BWD
+from lrp_compiler.kernels.dialect.topk import TOPK_FILTER
 from lrp_compiler.kernels.spec import KernelSpec
 
-DIALECT: tuple[KernelSpec, ...] = (NORM_BWD,)
+DIALECT: tuple[KernelSpec, ...] = (
+    NORM_BWD,
+    GATED_MLP_BWD,
+    SOFTMAX_BWD,
+    ROPE_BWD,
+    MAXPOOL_BWD,
+    EMBEDDING_RELEVANCE,
+    TOKEN_RELEVANCE,
+    TOPK_FILTER,
+    SIGNSPLIT_LINEAR_FWD,
+    SIGNSPLIT_LINEAR_BWD,
+    EPSILON_LINEAR_BWD,
+    ELEMENTWISE_CHAIN,
+    SELECTIVE_SCAN_TRANSPOSE,
+    LINEAR_ATTENTION_TRANSPOSE,
+    ATTENTION_LRP_BWD,
+    ATTENTION_LRP_MAP,
+    ATTENTION_LRP_HEADS,
+)
 
 
 def spec_named(name: str) -> KernelSpec:
     """The spec of ``lrp::<name>``; KeyError for none."""
     return {spec.name: spec for spec in DIALECT}[name]
+
+
+def spec_of(target: Any) -> KernelSpec | None:
+    """The spec of a call target of a graph; None for what is no op of the dialect."""
+    schema = getattr(target, "_schema", None)
+    name = str(getattr(schema, "name", ""))
+    return next((spec for spec in DIALECT if name == f"lrp::{spec.name}"), None)
 
 
 LEFT_TO_TORCH: dict[str, str] = {
@@ -25,6 +65,7 @@ LEFT_TO_TORCH: dict[str, str] = {
     "movement": "views take no time; gathering, padding and concatenating move every byte once, as a copy does",
     "mean pooling and resizing": "torch's backward kernels read and write every element once",
     "batch norm": "in eval one factor per channel: a link of an elementwise chain",
+    "lone elementwise": "a pointwise op that stands alone reads and writes what any kernel would",
     "Fourier transform": "one transform of cuFFT each way",
     "recurrence": "LSTM, GRU and RNN walk back through time in as many small dependent products of cuBLAS as there are"
     " steps; their latency takes the time, which no count of bytes and operations shows",

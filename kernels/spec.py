@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -54,7 +54,33 @@ class Work:
     flops: int
 
 
+class NotSupportedError(Exception):
+    """No kernel takes this call; its text is the reason."""
+
+
 Samples = Callable[[torch.dtype, torch.device], Iterator[Sample]]
+Mapping = Callable[[Any, int, tuple[Any, ...], tuple[Any, ...]], tuple[Any, Any]]
+
+
+def one_by_one(op: Any, batch: int, dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Call ``op`` once per mapped element and stack the results."""
+    made = []
+    for index in range(batch):
+        made.append(op(*_elements(arguments, dims, index)))
+    stacked = pytree.tree_map(lambda *parts: torch.stack(parts), *made)
+    return stacked, pytree.tree_map(lambda _: 0, stacked)
+
+
+def _elements(arguments: Sequence[Any], dims: Sequence[Any], index: int) -> list[Any]:
+    """What one call of several is given, in lists of tensors too."""
+    return [
+        _elements(argument, dim, index)
+        if isinstance(dim, (list, tuple))
+        else argument.select(dim, index)
+        if isinstance(argument, Tensor) and dim is not None
+        else argument
+        for argument, dim in zip(arguments, dims, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -69,7 +95,8 @@ class KernelSpec:
     where that is not every operand and result once. ``tolerance``: how many times the eager reference's error against
     float64 the kernel may make. ``bound`` is what limits it on a GPU. ``source`` cites paper and equation. ``stock``
     gives the results by torch's own fused op, or None for calls that this cannot do: another way to run the call, and
-    the bar for benchmarks. ``tuner`` remembers which way is the fastest.
+    the bar for benchmarks. ``vmap`` takes (op, mapped size, mapped dimensions, arguments) to (results, their mapped
+    dimensions), by default one call after the other. ``tuner`` remembers which way is the fastest.
     """
 
     name: str
@@ -87,6 +114,7 @@ class KernelSpec:
     tolerance: float = 2.0
     dtypes: tuple[torch.dtype, ...] = FLOATS
     stock: Callable[..., Any] | None = None
+    vmap: Mapping = one_by_one
     tuner: Autotuner = field(default_factory=Autotuner, compare=False, repr=False)
 
     @cached_property
@@ -139,6 +167,13 @@ class KernelSpec:
             one.run()
         return results
 
+    def __call__(self, *arguments: Any) -> Any:
+        """The op itself, for code that is traced; raises NotSupportedError when no kernel takes the call."""
+        allowed = self.supports(*arguments)
+        if not allowed:
+            raise NotSupportedError(str(allowed))
+        return self.op(*arguments)
+
     def _run_stock(self, arguments: tuple[Any, ...]) -> Any:
         results = None if self.stock is None else self.stock(*arguments)
         if results is None:
@@ -186,21 +221,8 @@ def define(spec: KernelSpec) -> Any:
 
     op = torch.library.custom_op(f"lrp::{spec.name}", run, mutates_args=(), schema=schema)
     op.register_fake(spec.fake)
-    op.register_vmap(lambda info, dims, *arguments: _one_by_one(op, info.batch_size, dims, arguments))
+    op.register_vmap(lambda info, dims, *arguments: spec.vmap(op, info.batch_size, dims, arguments))
     return getattr(torch.ops.lrp, spec.name).default
-
-
-def _one_by_one(op: Any, batch: int, dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Call ``op`` once per mapped element and stack the results."""
-    made = []
-    for index in range(batch):
-        chosen = [
-            argument if dim is None else argument.select(dim, index)
-            for argument, dim in zip(arguments, dims, strict=True)
-        ]
-        made.append(op(*chosen))
-    stacked = pytree.tree_map(lambda *parts: torch.stack(parts), *made)
-    return stacked, pytree.tree_map(lambda _: 0, stacked)
 
 
 def contiguous_like(value: Tensor) -> Tensor:

@@ -13,16 +13,18 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.captures import CapturedCall, Captures
 from lrp_compiler.composites import AUTO, choose_composite, composite_named
 from lrp_compiler.options import Options
+from lrp_compiler.passes.backend import Backend
 from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.draws import draws_numbers
 from lrp_compiler.passes.errors import OutputError, ReferenceModeError
 from lrp_compiler.passes.pipeline import Stage, emit, explain
-from lrp_compiler.passes.program import Constant, Program, Request, facts, is_float
+from lrp_compiler.passes.program import Constant, Program, Reading, Request, facts, is_float
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.sizes import Size, SizeBinder, Sizes
 from lrp_compiler.registry import with_rules
+from lrp_compiler.sites import readings_of, resolve_sites
 
 
 @dataclass
@@ -35,6 +37,7 @@ class ExplainedCall:
     stages: tuple[Stage, ...]
     binder: SizeBinder
     goal: MemoryGoal
+    backend: Backend
     executables: dict[Request, tuple[tuple[Stage, ...], Executable]] = field(default_factory=dict)
 
     @property
@@ -46,10 +49,18 @@ class ExplainedCall:
         """Whether the forward pass draws random numbers."""
         return draws_numbers(self.program)
 
+    @cached_property
+    def source_readings(self) -> tuple[tuple[str, Reading], ...]:
+        """What is read for the attributed inputs, each node once."""
+        program = self.program
+        kind: Reading = program.composite.readout if program.composite is not None else "relevance"
+        refs = resolve_sites(program, list(program.sources))
+        return tuple(dict.fromkeys(reading for ref in refs for reading in readings_of(ref, kind)))
+
     def emitted(self, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """All stages and the code for ``request``, made at its first use."""
         if request not in self.executables:
-            self.executables[request] = emit(self.stages, request, self.goal)
+            self.executables[request] = emit(self.stages, request, self.goal, self.backend)
         return self.executables[request]
 
     def explainable_outputs(self) -> dict[str, int]:
@@ -106,9 +117,9 @@ class Compiler:
         with self._lock, without_autocast():
             known = self._explained.setdefault(call, {})
             if inputs not in known:
-                known[inputs] = ExplainedCall(
-                    explain(call.stages, *inputs, self._choose), call.binder, self.options.memory_goal
-                )
+                stages = explain(call.stages, *inputs, self._choose)
+                goal, backend = self.options.memory_goal, self.options.backend
+                known[inputs] = ExplainedCall(stages, call.binder, goal, backend)
             return known[inputs]
 
     def explain_partly(self, call: CapturedCall, attributed: tuple[str, ...] | None) -> tuple[Stage, ...]:

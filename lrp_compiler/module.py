@@ -26,7 +26,7 @@ from lrp_compiler.random_numbers import DRAWING
 from lrp_compiler.recording import write_back
 from lrp_compiler.report import Report, make_report, measured_conservation
 from lrp_compiler.seeds import Predicted, Target
-from lrp_compiler.sites import name_list, resolve_sites
+from lrp_compiler.sites import name_list, readings_of, resolve_sites
 from lrp_compiler.tape import Names, Tape
 from lrp_compiler.weightless import require_values, without_values
 
@@ -339,10 +339,11 @@ def _by_name(baselines: Any, names: list[str]) -> Baselines:
 def default_request(explained: ExplainedCall, at: Names, options: Options) -> Request:
     """What a forward pass prepares for: relevance of ``at`` (None: the attributed inputs) at the chosen output."""
     program = explained.program
-    # The attributed inputs need no look into the table of all sites, which would be made anew at every call.
-    refs = None if at is None else resolve_sites(program, name_list(at, "at"))
-    sites = program.sources.values() if refs is None else [ref.nodes for ref in refs]
-    composite = program.composite
-    kind = composite.readout if composite is not None else "relevance"
-    nodes = tuple(dict.fromkeys((node, kind) for nodes in sites for node in nodes))
+    kind = program.composite.readout if program.composite is not None else "relevance"
+    if at is not None:
+        refs = resolve_sites(program, name_list(at, "at"))
+        nodes = tuple(dict.fromkeys(reading for ref in refs for reading in readings_of(ref, kind)))
+    else:
+        # The attributed inputs need no look into the table of all sites, which would be made anew at every call.
+        nodes = explained.source_readings
     return Request((explained.chosen_output(options.output),), nodes)

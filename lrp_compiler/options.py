@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from lrp_compiler.passes.backend import BACKENDS, Backend
 from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.errors import OptionValueError, UnknownOptionError
 from lrp_compiler.passes.rules.base import Rule
@@ -45,6 +46,13 @@ class Options:
         metadata={"help": "globs of module paths whose inner values are computed again instead of kept"},
     )
 
+    backend: Backend = field(
+        default="auto",
+        metadata={
+            "help": "'eager' runs ATen ops alone, 'triton' the kernels of the relevance dialect, 'auto' those on CUDA"
+        },
+    )
+
     @property
     def memory_goal(self) -> MemoryGoal:
         """What lower_promises is to reach."""
@@ -72,6 +80,8 @@ def parse_options(given: dict[str, Any]) -> Options:
     budget = options.memory_budget
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= 1:
         raise OptionValueError(name="memory_budget", value=budget, cause="it is a number from 0 to 1")
+    if options.backend not in BACKENDS:
+        raise OptionValueError(name="backend", value=options.backend, cause=f"it is one of {', '.join(BACKENDS)}")
     if options.reference and options.verify != "off":
         raise OptionValueError(name="reference", value=True, cause="the reference interpreter keeps no ledger")
     return options

@@ -10,7 +10,7 @@ from torch import fx
 
 from lrp_compiler.passes.branches import forward_nodes_everywhere
 from lrp_compiler.passes.errors import ArgumentError, UnknownSiteError
-from lrp_compiler.passes.program import Constant, Program, facts, forward_nodes, tensor_of
+from lrp_compiler.passes.program import Constant, Program, Reading, facts, forward_nodes, tensor_of
 
 INPUT = "input"
 
@@ -42,6 +42,12 @@ def site_table(program: Program) -> dict[str, SiteRef]:
         (name,) = program.sources
         table[INPUT] = SiteRef(INPUT, table[name].nodes, table[name].is_tokens)
     return table
+
+
+def readings_of(ref: SiteRef, kind: Reading) -> tuple[tuple[str, Reading], ...]:
+    """What to read at the nodes of a site to get its ``kind``: relevance of tokens is summed over dimensions."""
+    reading: Reading = "token_relevance" if ref.is_tokens and kind == "relevance" else kind
+    return tuple((node, reading) for node in ref.nodes)
 
 
 def name_list(names: object, argument: str) -> list[str]:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.attention_sites import attention_sites
 from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild_output
-from lrp_compiler.kernels.linear import relevance_of
+from lrp_compiler.kernels.linear import relevance_of, summed_over_dimensions
 from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.linearised import Linearised
 from lrp_compiler.passes.branches import forward_nodes_everywhere
@@ -28,7 +28,7 @@ from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.sizes import value_of_sizes
 from lrp_compiler.recording import Recording, Results, Sites
 from lrp_compiler.seeds import Several, Target, reads_output, seeds_for
-from lrp_compiler.sites import SiteRef, is_glob, matching_names, name_list, resolve_sites
+from lrp_compiler.sites import SiteRef, is_glob, matching_names, name_list, readings_of, resolve_sites
 
 Names = str | list[str] | tuple[str, ...] | None
 Sinks = dict[str, dict[str, Tensor]]
@@ -142,7 +142,7 @@ class Tape:
         nodes: Sites = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
         request = Request((), nodes, starts=tuple(seeds), blocked=self._nodes_at(list(blocked)))
         values = by_site(self._recording.answer(request, list(seeds.values())))
-        return self._gathered(refs, values, at, "coefficient", True)
+        return self._gathered(_by_label(refs, values), at)
 
     def _check_starts(self, seeds: dict[str, Tensor]) -> None:
         """Seeds at inner sites have the shapes of those; raises ArgumentError."""
@@ -161,7 +161,7 @@ class Tape:
         """The forward values at sites; result as in ``relevance``, token inputs giving their embeddings."""
         refs = resolve_sites(self.program, self._names_of(at))
         values = self.values(tuple(dict.fromkeys(node for ref in refs for node in ref.nodes)), create_graph)
-        return self._gathered(refs, values, at, "activation", True)
+        return self._gathered(_by_label(refs, values), at)
 
     def attention_maps(
         self, target: Target = None, *, output: str | None = None, create_graph: bool = False
@@ -230,7 +230,7 @@ class Tape:
 
         def pullback(seed: Tensor) -> dict[str, Tensor]:
             values = by_site(self._recording.answer(request, [seed], differentiable=True))
-            return {ref.label: _gather(ref, values, "coefficient", True) for ref in refs}
+            return _by_label(refs, values)
 
         def seed_of(target: Target) -> Tensor:
             return self._seeds(target, output)[chosen]
@@ -284,15 +284,19 @@ class Tape:
         through: Masks | None = None,
     ) -> Any:
         refs = resolve_sites(self.program, self._names_of(at))
-        nodes = tuple(dict.fromkeys((node, kind) for ref in refs for node in ref.nodes))
+        # The interpreter knows values as they are.
+        whole = per_dimension or self._compiler.options.reference
+        readings = {ref: tuple((node, kind) for node in ref.nodes) if whole else readings_of(ref, kind) for ref in refs}
+        nodes = tuple(dict.fromkeys(reading for found in readings.values() for reading in found))
         results, _ = self._ask(target, output, nodes, masks=self._masks(through or {}), create_graph=create_graph)
-        return self._gathered(refs, by_site(results), at, kind, per_dimension)
+        values = {(result.site, result.kind): value for result, value in results}
+        found = {ref.label: _gather([values[reading] for reading in read]) for ref, read in readings.items()}
+        if self._compiler.options.reference and kind == "relevance" and not per_dimension:
+            found |= {ref.label: summed_over_dimensions(found[ref.label]) for ref in refs if ref.is_tokens}
+        return self._gathered(found, at)
 
-    def _gathered(
-        self, refs: list[SiteRef], values: dict[str, Tensor], at: Names, kind: Reading, per_dimension: bool
-    ) -> Any:
+    def _gathered(self, found: dict[str, Tensor], at: Names) -> Any:
         """One tensor for one site asked for by name, else a dict."""
-        found = {ref.label: _gather(ref, values, kind, per_dimension) for ref in refs}
         single = (at is None and len(found) == 1) or (isinstance(at, str) and not is_glob(at))
         return next(iter(found.values())) if single else found
 
@@ -380,9 +384,11 @@ def by_site(results: Results) -> dict[str, Tensor]:
     return {result.site: value for result, value in results}
 
 
-def _gather(ref: SiteRef, values: dict[str, Tensor], kind: Reading, per_dimension: bool) -> Tensor:
-    """The value of one site; embeddings of one token input add up, their hidden dimension summed if asked."""
-    parts = [values[name] for name in ref.nodes]
-    if ref.is_tokens and not per_dimension and kind == "relevance":
-        parts = [part.sum(-1, dtype=torch.promote_types(part.dtype, torch.float32)) for part in parts]
+def _by_label(refs: list[SiteRef], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The values of sites from those of their nodes."""
+    return {ref.label: _gather([values[name] for name in ref.nodes]) for ref in refs}
+
+
+def _gather(parts: list[Tensor]) -> Tensor:
+    """The value of one site; embeddings of one token input add up."""
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

@@ -28,7 +28,7 @@ from lrp_compiler.kernels.norm_statistics import (
     layer_norm_backward,
 )
 from lrp_compiler.kernels.recurrent import pull_back
-from lrp_compiler.kernels.scan import scan_transpose
+from lrp_compiler.kernels.registry import spec_of
 from lrp_compiler.passes.branches import ConditionalRelevance
 from lrp_compiler.passes.errors import NotDifferentiableError
 from lrp_compiler.passes.optable import GROUPED_PRODUCT, OpClass, classify, schema_name
@@ -59,7 +59,6 @@ PLAIN: dict[str, Plain] = {
     "aten::hardsigmoid_backward": Plain(hardsigmoid_backward),
     "aten::log_sigmoid_backward": Plain(log_sigmoid_backward, unread=(2,)),
     "lrp::recurrent_pullback": Plain(pull_back),
-    "lrp::selective_scan_transpose": Plain(scan_transpose),
 }
 """Fused op that torch cannot differentiate (again) -> the same in ops that it can."""
 
@@ -88,7 +87,8 @@ def write_plainly(graph: fx.Graph) -> None:
         if plain is not None:
             node.target = plain.function
             node.args = tuple(None if place in plain.unread else arg for place, arg in enumerate(node.args))
-        node.target = FUNCTIONAL.get(node.target, node.target)
+        kernel = spec_of(node.target)
+        node.target = FUNCTIONAL.get(node.target, node.target) if kernel is None else kernel.reference
     graph.eliminate_dead_code()
     keep_derivatives(graph)
 

@@ -9,7 +9,14 @@ import torch
 from torch import fx
 
 from lrp_compiler.kernels.difference import difference
-from lrp_compiler.kernels.linear import conjugate, masked_product, relevance_of, stabilise
+from lrp_compiler.kernels.linear import (
+    conjugate,
+    masked_product,
+    relevance_of,
+    stabilise,
+    summed_over_dimensions,
+    token_relevance,
+)
 from lrp_compiler.passes.branches import Conditional
 from lrp_compiler.passes.emitter import RelevanceEmitter
 from lrp_compiler.passes.errors import RuleResultError, SiteWithoutRelevanceError
@@ -104,7 +111,7 @@ class _Inserter:
         for name, kind in request.sites:
             if kind == "activation":
                 self.results.append((Result(kind, name), self.emitter.resolve(self.nodes[name])))
-            elif kind in ("relevance", "coefficient"):
+            elif kind in ("relevance", "token_relevance", "coefficient"):
                 self.wanted.setdefault(name, []).append(kind)
 
     def run(self) -> Program:
@@ -286,6 +293,8 @@ class _Inserter:
         for kind in self.wanted[node.name]:
             if kind == "coefficient":
                 made = self.merged(node, self.pending[node], "coefficient")
+            elif kind == "token_relevance":
+                made = self.token_relevance(node)
             else:
                 # A masked score inside the model may be -inf; what the user feeds in is finite.
                 product = on_relevance if node.name in self.sources else masked_product
@@ -295,6 +304,16 @@ class _Inserter:
                 ]
                 made = parts[0] if len(parts) == 1 else self.emitter.call(aten.add.Tensor, *parts)
             self.results.append((Result(kind, node.name), made))
+
+    def token_relevance(self, node: fx.Node) -> fx.Node:
+        """Relevance at embeddings, one number per token."""
+        parts = [
+            self.emitter(summed_over_dimensions, edge)
+            if kind == "relevance"
+            else self.emitter(token_relevance, edge, self.amount(node))
+            for edge, kind in self.by_kind(node)
+        ]
+        return parts[0] if len(parts) == 1 else self.emitter.call(aten.add.Tensor, *parts)
 
     def by_kind(self, node: fx.Node) -> list[tuple[fx.Node, EdgeKind]]:
         """The edges at ``node`` summed within each kind, kept for later readers."""
@@ -317,7 +336,10 @@ class _Inserter:
         self.emitter.stamp = Facts(part="relevance", origin=node.name)
         fake = tensor_of(node)
         dtype = fake.dtype if kind == "coefficient" else fake.real.dtype
-        return self.emitter.call(aten.full.default, list(fake.shape), 0, dtype=dtype, device=fake.device)
+        shape = list(fake.shape)
+        if kind == "token_relevance":
+            shape, dtype = shape[:-1], torch.promote_types(dtype, torch.float32)
+        return self.emitter.call(aten.full.default, shape, 0, dtype=dtype, device=fake.device)
 
     def why_unreached(self, node: fx.Node) -> str:
         for other in forward_nodes(self.program):

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.analyse import analyse
 from lrp_compiler.passes.assign_rules import assign_rules
+from lrp_compiler.passes.backend import Backend
 from lrp_compiler.passes.branches import with_programs_inside, within
 from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.canonicalise import attends_with_learned_mask, canonicalise
@@ -24,6 +25,7 @@ from lrp_compiler.passes.codegen import Executable, codegen
 from lrp_compiler.passes.compress import compress
 from lrp_compiler.passes.decompose import decompose
 from lrp_compiler.passes.functionalise import functionalise
+from lrp_compiler.passes.fuse import fuse
 from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.lower_promises import lower_promises
 from lrp_compiler.passes.partition import forward_only, partition
@@ -46,7 +48,16 @@ CAPTURE: tuple[Pass, ...] = (capture, clean, cast_explicitly, pin, decompose, fu
 EXPLAIN: tuple[Pass, ...] = (analyse, assign_rules)
 """... -> each op's rule; depends on the attributed inputs and the composite."""
 
-EMIT: tuple[Pass, ...] = (insert_relevance, simplify, compress, lower_promises, partition, share_memory, plan_memory)
+EMIT: tuple[Pass, ...] = (
+    insert_relevance,
+    simplify,
+    fuse,
+    compress,
+    lower_promises,
+    partition,
+    share_memory,
+    plan_memory,
+)
 """... -> forward and relevance graph; depends on what was asked for. Then codegen."""
 
 PIPELINE: tuple[Pass, ...] = (*CAPTURE, *EXPLAIN, *EMIT)
@@ -160,12 +171,13 @@ def explain(
 
 
 def emit(
-    explained: tuple[Stage, ...], request: Request, goal: MemoryGoal | None = None
+    explained: tuple[Stage, ...], request: Request, goal: MemoryGoal | None = None, backend: Backend = "auto"
 ) -> tuple[tuple[Stage, ...], Executable]:
-    """The stages of EMIT for one request under a memory goal, and the code."""
+    """The stages of EMIT for one request under a memory goal, with kernels where ``backend`` has them, and the code."""
+    settings: dict[Pass, tuple[Any, ...]] = {lower_promises: (goal,), fuse: (backend,)}
     history = run(insert_relevance, explained, request)
     for one in EMIT[1:]:
-        history = run(one, history, *((goal,) if one is lower_promises else ()))
+        history = run(one, history, *settings.get(one, ()))
     return history, generate(history[-1].program)
 
 

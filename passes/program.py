@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from lrp_compiler.passes.errors import UncoveredOp
+    from lrp_compiler.passes.kernel_use import KernelUse
     from lrp_compiler.passes.rules.base import Composite, Rule
 
 FACTS = "lrp"
@@ -130,9 +131,10 @@ class Pin:
     value: torch.Tensor
 
 
-Reading = Literal["relevance", "coefficient", "activation", "attention_map", "parameter"]
-"""What can be read at a node: its relevance, coefficient or value; of an attention op, relevance at its map; of a
-parameter, the relevance of what it contributes, summed over the batch and over all its uses."""
+Reading = Literal["relevance", "token_relevance", "coefficient", "activation", "attention_map", "parameter"]
+"""What can be read at a node: its relevance, summed over the last dimension for embeddings of tokens, coefficient or
+value; of an attention op, relevance at its map; of a parameter, the relevance of what it contributes, summed over the
+batch and over all its uses."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,8 @@ class Program:
     it indexes. ``varied`` names the user inputs that have another value in the reference run. ``uncovered`` lists the
     live ops without a rule, where that was asked for; such a program cannot be emitted.
     ``outputs`` holds, per leaf of the model's output tree, a node name or the constant itself. ``root`` owns the
-    sub-graphs of higher-order ops until ``canonicalise`` has inlined them. After ``partition`` ``graph`` is the
+    sub-graphs of higher-order ops until ``canonicalise`` has inlined them. ``kernels`` says what ``fuse`` made of what
+    a kernel might compute. After ``partition`` ``graph`` is the
     forward graph and ``relevance_graph`` the other half. ``traces`` caches traced functions by signature and is
     shared by all programs that come from one capture.
     """
@@ -253,6 +256,7 @@ class Program:
     seeds: tuple[int, ...] = ()
     buffers: tuple[Buffer, ...] = ()
     memory: MemoryPlan | None = None
+    kernels: tuple[KernelUse, ...] = ()
     relevance_graph: fx.Graph | None = None
     traces: dict[object, fx.GraphModule] = field(default_factory=dict, compare=False, repr=False)
 

@@ -19,6 +19,25 @@ from lrp_compiler.passes.sizes import as_literal, is_size, size_key, with_litera
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+EMISSION = "lrp_emission"
+"""Where an emitted node keeps its Emission and the node of the traced graph that it is a copy of."""
+
+ARGUMENT = object()
+"""Stands among an Emission's arguments for what the traced graph takes as a placeholder."""
+
+
+@dataclass(frozen=True, eq=False)
+class Emission:
+    """One call of a traced function: its arguments, ARGUMENT in place of nodes, and the graph it became.
+
+    What a node computes stays what this says, whatever passes do to the nodes in front of it.
+    """
+
+    function: Callable[..., Any]
+    arguments: Any
+    traced: fx.GraphModule
+
+
 Emitted = Any
 """A node, None, or a tree of those: what a traced function returned."""
 
@@ -76,9 +95,10 @@ class Emitter:
         leaves, tree = pytree.tree_flatten(with_numbers(args))
         nodes = [leaf for leaf in leaves if is_argument(leaf)]
         traced = self._trace(fn, leaves, tree, nodes, autograd, rewire, opened)
-        return self.inline(traced, nodes)
+        arguments = [ARGUMENT if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        return self.inline(traced, nodes, Emission(fn, pytree.tree_unflatten(arguments, tree), traced))
 
-    def inline(self, traced: fx.GraphModule, nodes: list[Any]) -> Emitted:
+    def inline(self, traced: fx.GraphModule, nodes: list[Any], emission: Emission) -> Emitted:
         """Copy the nodes of ``traced`` here, with ``nodes`` (or sizes) in place of its placeholders."""
         values: dict[fx.Node, Any] = {}
         supplied = iter(nodes)
@@ -96,6 +116,7 @@ class Emitter:
                     values[node] = as_literal(node.meta["val"])
                 else:
                     values[node] = self._copy(node, values)
+                    values[node].meta[EMISSION] = (emission, node)
         return result
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -196,6 +196,7 @@ LEGAL: dict[str, tuple[Check, ...]] = {
     "assign_rules": (*ANALYSED, live_has_rule),
     "insert_relevance": JOINT,
     "simplify": JOINT,
+    "fuse": JOINT,
     "compress": JOINT,
     "lower_promises": (*FUNCTIONAL, no_promises),
     "partition": (*FUNCTIONAL, is_partitioned),

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lrp_compiler.kernels.scan import selective_scan_transpose
+from lrp_compiler.kernels.dialect.selective_scan import SELECTIVE_SCAN_TRANSPOSE
 from lrp_compiler.passes.operation import Operand, Operation
 from lrp_compiler.passes.program import tensor_of
 from lrp_compiler.passes.recognise_scan import ScanForm
@@ -48,7 +48,7 @@ def scan_pullback(
     decays = of_rank(over_time(form.decay_line, (form.decay,), [decay], form.steps), rank)
     template = time_first(c.new_empty(1).expand(shape), form.signal)
     weights = None if write is None else _weights(write, form, len(shape))
-    made: Tensor = selective_scan_transpose(states, decays, weights, list(template.shape))
+    made: Tensor = SELECTIVE_SCAN_TRANSPOSE.op(states, decays, weights, list(template.shape))
     assert form.signal.dim is not None
     back = made.movedim(0, form.signal.dim)
     return back.squeeze(form.signal.dim + 1) if form.signal.keep else back

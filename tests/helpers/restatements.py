@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from restated_attention import RESTATED_ATTENTION
+from restated_elementwise import RESTATED_ELEMENTWISE
+from restated_epsilon import RESTATED_EPSILON
 from restated_norms import RESTATED_NORMS
+from restated_picking import RESTATED_PICKING
+from restated_scans import RESTATED_SCANS
+from restated_signsplit import RESTATED_SIGNSPLIT
 
-RESTATED: dict[str, Callable[..., Any]] = {**RESTATED_NORMS}
+RESTATED: dict[str, Callable[..., Any]] = {
+    **RESTATED_NORMS,
+    **RESTATED_ELEMENTWISE,
+    **RESTATED_PICKING,
+    **RESTATED_SIGNSPLIT,
+    **RESTATED_EPSILON,
+    **RESTATED_SCANS,
+    **RESTATED_ATTENTION,
+}
 """Op of the dialect -> its formula, written down as plainly as can be; takes and gives float64 tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -90,10 +91,10 @@ def test_an_op_is_well_formed(spec: KernelSpec, device: torch.device) -> None:
 def test_an_op_maps_over_its_first_operand(spec: KernelSpec, device: torch.device) -> None:
     """vmap over coefficients, as several seeds at once ask for, is one call after the other."""
     first, *rest = _drawn(spec, "samples", 0, torch.float32, device).arguments
-    several = torch.stack([first, 2 * first])
+    several = pytree.tree_map_only(Tensor, lambda value: torch.stack([value, 2 * value]), first)
     mapped = _tensors(torch.vmap(lambda one: spec.op(one, *rest))(several))
     for index in range(2):
-        alone = _tensors(spec.op(several[index], *rest))
+        alone = _tensors(spec.op(pytree.tree_map_only(Tensor, itemgetter(index), several), *rest))
         assert all(torch.equal(all_of[index], one) for all_of, one in zip(mapped, alone, strict=True))
 
 

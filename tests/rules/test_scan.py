@@ -25,7 +25,7 @@ from state_space import (
 from torch import Tensor, nn
 
 from lrp_compiler import compile_for_lrp
-from lrp_compiler.kernels.scan import selective_scan_transpose
+from lrp_compiler.kernels.dialect.selective_scan import SELECTIVE_SCAN_TRANSPOSE
 
 FLOAT64 = 1e-9
 CONSERVING = 1e-10
@@ -60,7 +60,7 @@ def test_the_reverse_scan_is_the_transpose_of_the_forward_scan(
     decay, write, read = torch.rand(shape).double(), random(*shape), random(*shape)
     u, c = random(*shape[:3], 1).requires_grad_(), random(*shape[:3])
     (expected,) = torch.autograd.grad(unrolled(u, decay, write, read), u, c)
-    found = selective_scan_transpose(read * c.unsqueeze(-1), decay, write, list(u.shape))
+    found = SELECTIVE_SCAN_TRANSPOSE.op(read * c.unsqueeze(-1), decay, write, list(u.shape))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -70,15 +70,15 @@ def test_the_reverse_scan_under_vmap(mapped: tuple[int | None, ...]) -> None:
     shapes = [(4, 2, 3, 5), (4, 2, 1, 5), (4, 2, 3, 5)]
     each = [[random(*shape) for _ in range(3)] for shape in shapes]
     stacked = [one[0] if dim is None else torch.stack(one, dim) for one, dim in zip(each, mapped, strict=True)]
-    found = torch.vmap(lambda s, d, w: selective_scan_transpose(s, d, w, [4, 2, 3, 1]), in_dims=mapped)(*stacked)
+    found = torch.vmap(lambda s, d, w: SELECTIVE_SCAN_TRANSPOSE.op(s, d, w, [4, 2, 3, 1]), in_dims=mapped)(*stacked)
     for index in range(3):
         chosen = [one[0 if dim is None else index] for one, dim in zip(each, mapped, strict=True)]
-        torch.testing.assert_close(found[index], selective_scan_transpose(*chosen, [4, 2, 3, 1]))
+        torch.testing.assert_close(found[index], SELECTIVE_SCAN_TRANSPOSE.op(*chosen, [4, 2, 3, 1]))
 
 
 def test_the_op_is_registered_soundly() -> None:
     arguments = (random(4, 2, 3, 5), random(4, 1, 3, 5), random(4, 2, 3, 5), [4, 2, 3, 1])
-    torch.library.opcheck(selective_scan_transpose, arguments)
+    torch.library.opcheck(SELECTIVE_SCAN_TRANSPOSE.op, arguments)
 
 
 @pytest.mark.parametrize("composite", ["mamba_lrp", "attnlrp", "auto"])
