@@ -9,12 +9,12 @@ take turns, forward included. Without a GPU it runs on models of few layers, to 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from ceilings import gpu, is_gpu
@@ -105,42 +105,57 @@ def rows(whole: Whole, dtype: str, repeats: int) -> list[list[str]]:
     return lines
 
 
-def measured(chosen: argparse.Namespace, device: torch.device) -> tuple[list[list[str]], list[str]]:
-    """The lines of the table, and what was not timed and why."""
-    lines: list[list[str]] = []
-    left_out: list[str] = []
-    for whole in wholes(device, full=is_gpu(device)):
-        whole.model.requires_grad_(False)
+@dataclass
+class Run:
+    """What was measured so far, and what was not and why; the files are kept up to date."""
+
+    device: torch.device
+    out: Path | None
+    lines: list[list[str]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def where(self) -> str:
+        """The machine."""
+        return machine(self.device) + ("" if is_gpu(self.device) else ": no GPU, two narrow layers, nothing to keep")
+
+    def time(self, whole: Whole, dtypes: Sequence[str], repeats: int) -> None:
+        """Check and time one model; one that fails does not take the other's numbers along."""
         try:
             if not agrees(whole):
-                left_out.append(f"{whole.name}: WRONG, ours disagrees with autograd; not timed")
-                continue
-            for name in chosen.dtype or ("fp32", "bf16"):
-                lines += rows(whole.to(DTYPES[name]), name, chosen.repeats)
-                print("\n".join(" ".join(line) for line in lines[-len(PROVIDERS) - 2 :]), flush=True)
+                raise ValueError("ours disagrees with autograd, nothing was timed")
+            for name in dtypes:
+                made = rows(whole.to(DTYPES[name]), name, repeats)
+                print("\n".join(" ".join(line) for line in made), flush=True)
+                self.lines += made
+                self.write()
         except Exception as error:
-            # One model that fails must not take the other's numbers along.
-            left_out.append(f"{whole.name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    return lines, left_out
+            self.left_out.append(": ".join([whole.name, type(error).__name__, *str(error).splitlines()[:1]]))
+            self.write()
+
+    def write(self) -> None:
+        """end_to_end.md and end_to_end.csv, if asked for."""
+        if self.out:
+            notes = "\n".join(f"* {line}" for line in self.left_out)
+            write(self.out / "end_to_end.md", f"{markdown(HEADER, self.lines)}\n\n{self.where}\n\n{notes}\n")
+            rows = ([self.where, *line] for line in self.lines)
+            write_csv(self.out / "end_to_end.csv", ("machine", *HEADER), rows)
 
 
 def main() -> int:
     """Check, measure, print and write; 1 where something was not timed."""
     parser = command(__doc__, "also write end_to_end.csv and end_to_end.md into this folder")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="dtypes (default: fp32 and bf16)")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="dtypes (default: fp32, bf16)")
     chosen = parser.parse_args()
     torch.manual_seed(0)
-    device = gpu()
-    lines, left_out = measured(chosen, device)
-    where = machine(device) + ("" if is_gpu(device) else ": no GPU, two narrow layers, no figures worth keeping")
-    show(where, HEADER, lines)
-    notes = "\n".join(f"* {line}" for line in left_out)
-    print(notes)
-    if chosen.out:
-        write(chosen.out / "end_to_end.md", f"{markdown(HEADER, lines)}\n\n{where}\n\n{notes}\n")
-        write_csv(chosen.out / "end_to_end.csv", ("machine", *HEADER), ([where, *line] for line in lines))
-    return 1 if left_out else 0
+    run = Run(gpu(), chosen.out)
+    for whole in wholes(run.device, full=is_gpu(run.device)):
+        whole.model.requires_grad_(False)
+        run.time(whole, chosen.dtype or ("fp32", "bf16"), chosen.repeats)
+    show(run.where, HEADER, run.lines)
+    print("\n".join(run.left_out))
+    return 1 if run.left_out else 0
 
 
 if __name__ == "__main__":

@@ -80,6 +80,21 @@ def cases(kind: str, ops: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[
     return sorted(found, key=lambda case: (case.index, dtypes.index(case.dtype)))
 
 
+def checked(case: Case, device: torch.device) -> dict[str, str]:
+    """``failures``, or what kept the case from being checked; it leaves no memory in use."""
+    try:
+        return failures(case, device)
+    except Exception as error:
+        return {KERNEL: in_words(error)}
+    finally:
+        torch.cuda.empty_cache()
+
+
+def in_words(error: Exception) -> str:
+    """An error's kind and the first line of its message."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
 def failures(case: Case, device: torch.device) -> dict[str, str]:
     """Way of running the kernel -> what is wrong with what it gives; empty where nothing is.
 
@@ -207,7 +222,7 @@ def _compiles(call: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
     try:
         call(*arguments)
     except Exception as error:
-        print(f"inductor: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True)
+        print(f"inductor: {in_words(error)}", flush=True)
         return False
     return True
 

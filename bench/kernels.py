@@ -24,7 +24,7 @@ import torch
 from ceilings import Ceilings, gpu, is_gpu, measure
 from ceilings import lines as ceiling_lines
 from harness import DTYPES, command, machine, markdown, show, write_csv
-from kernel_cases import Case, Timing, cases, failures, timings
+from kernel_cases import Case, Timing, cases, checked, in_words, timings
 from kernel_report import COLUMNS, HEADER, plot, record, rows, write_all
 
 from lrp_compiler.kernels.registry import DIALECT
@@ -60,7 +60,7 @@ def check(asked: list[Case], device: torch.device) -> int:
     """Compare every way of running every case; 1 when one is wrong."""
     wrong = 0
     for case in asked:
-        found = failures(case, device)
+        found = checked(case, device)
         for way, reason in found.items():
             print(f"WRONG  {case}, {way}: {reason}", flush=True)
         wrong += bool(found)
@@ -100,21 +100,29 @@ class Run:
             if time.monotonic() - start > self.chosen.seconds:
                 self.left_out.append(f"{case}: not measured, the time was up")
                 continue
-            reason = self._gate(case)
+            reason = self._gate(case) or self._timed(case)
             if reason:
                 print(f"{case}: {reason}", flush=True)
                 self.left_out.append(f"{case}: {reason}")
-                continue
-            made = timings(case, self.device, self.chosen.repeats, inductor=not self.chosen.no_inductor)
-            print(f"{case}: " + ", ".join(f"{row[3]} {row[4]} µs" for row in rows(made, self.ceilings)), flush=True)
-            self.timings += made
             self.write()
 
     def _gate(self, case: Case) -> str:
         """Why a case is not timed, or nothing."""
-        found = failures(case, self.device) if is_gpu(self.device) else {}
+        found = checked(case, self.device) if is_gpu(self.device) else {}
         self.wrong += bool(found)
         return "; ".join(f"WRONG, not timed: {way}: {reason}" for way, reason in found.items())
+
+    def _timed(self, case: Case) -> str:
+        """Time a case; why that failed, or nothing."""
+        try:
+            made = timings(case, self.device, self.chosen.repeats, inductor=not self.chosen.no_inductor)
+        except Exception as error:
+            # The next case may do, and what was measured stays.
+            self.wrong += 1
+            return f"not timed: {in_words(error)}"
+        print(f"{case}: " + ", ".join(f"{row[3]} {row[4]} µs" for row in rows(made, self.ceilings)), flush=True)
+        self.timings += made
+        return ""
 
     @property
     def where(self) -> str:

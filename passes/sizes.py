@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, guarding_hint_or_throw
+from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.program import InputKind, Program
@@ -66,12 +67,20 @@ def size_key(value: Any) -> Any:
 
 def hints(sizes: Iterable[int | torch.SymInt]) -> tuple[int, ...]:
     """The sizes in the call that was captured; reading them so settles nothing."""
-    return tuple(int(guarding_hint_or_throw(size)) for size in sizes)
+    return tuple(int(_hint(size)) for size in sizes)
 
 
 def at_hints(values: Any) -> Any:
     """A tree of arguments with sizes as they were in the call that was captured."""
-    return pytree.tree_map_only(Size, lambda size: guarding_hint_or_throw(size.value), values)
+    return pytree.tree_map_only(Size, lambda size: _hint(size.value), values)
+
+
+def _hint(size: Any) -> Any:
+    if not isinstance(size, Symbolic):
+        return size
+    # Torch 2.11 has the method of the node alone, later versions the function alone.
+    known = getattr(symbolic_shapes, "guarding_hint_or_throw", None)
+    return known(size) if known else size.node.require_hint()
 
 
 def settle(values: Any) -> None:

@@ -84,9 +84,31 @@ def test_wrong_kernels_are_not_timed(
     monkeypatch.setattr(kernels, "is_gpu", lambda device: True)
     monkeypatch.setattr(kernels, "measure", lambda *arguments: None)
     monkeypatch.setattr(kernels, "timings", lambda *arguments: pytest.fail("it was timed"))
-    one = kernels.Run(argparse.Namespace(device=device, dtypes=[torch.float32], seconds=60.0))
-    one.time([case])
-    assert one.wrong == 1 and not one.timings and "WRONG, not timed" in one.left_out[0]
+    run_of_one = kernels.Run(_options(device))
+    run_of_one.time([case])
+    assert run_of_one.wrong == 1 and not run_of_one.timings and "WRONG, not timed" in run_of_one.left_out[0]
+
+
+def _options(device: torch.device) -> argparse.Namespace:
+    return argparse.Namespace(
+        device=device, dtypes=[torch.float32], seconds=60.0, repeats=1, no_inductor=True, out=None, csv=None
+    )
+
+
+def test_a_case_that_fails_leaves_the_others(
+    bench: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, cases = bench("kernels"), bench("kernel_cases")
+    monkeypatch.setattr(kernels, "measure", lambda *arguments: bench("ceilings").Ceilings(1e9, {torch.float32: 1e9}))
+
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("a launch failed\nmore")
+
+    run = kernels.Run(_options(CPU))
+    run.time([_case(bench, reference=broken), _case(bench)])
+    assert run.wrong == 1 and len(run.timings) == 1
+    assert run.left_out[0].endswith("not timed: RuntimeError: a launch failed")
+    assert cases.checked(_case(bench, reference=broken), CPU) == {"kernel": "RuntimeError: a launch failed"}
 
 
 def test_what_the_kernel_refuses_is_not_timed(bench: Callable[[str], ModuleType], device: torch.device) -> None:
