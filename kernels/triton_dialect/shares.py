@@ -26,7 +26,8 @@ def stabilise(z, epsilon):
 @triton.jit
 def share(relevance, part, u, bias, epsilon):
     """R / stab(part + bias), 0 where the part is the rounding error of its two halves."""
-    return tl.where(tl.abs(part) <= u * NOISE, 0.0, relevance / stabilise(part + bias, epsilon))
+    vanishes = tl.abs(part) <= u * NOISE
+    return tl.where(vanishes, 0.0, relevance / tl.where(vanishes, 1.0, stabilise(part + bias, epsilon)))
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def gamma_ratio(relevance, z, z0, u, bias, gamma, epsilon):
     half = gamma * 0.5
     signed_bias = tl.where((bias > 0) == (z > 0), bias, 0.0)
     favoured = (1 + half) * z0 + tl.where(z < 0, -half, half) * u + bias + gamma * signed_bias
-    return tl.where(z == 0, 0.0, relevance / stabilise(favoured, epsilon))
+    return tl.where(z == 0, 0.0, relevance / tl.where(z == 0, 1.0, stabilise(favoured, epsilon)))
 
 
 @triton.jit
