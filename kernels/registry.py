@@ -8,6 +8,7 @@ from lrp_compiler.kernels.dialect.attention import ATTENTION_LRP_BWD
 from lrp_compiler.kernels.dialect.attention_map import ATTENTION_LRP_HEADS, ATTENTION_LRP_MAP
 from lrp_compiler.kernels.dialect.elementwise import ELEMENTWISE_CHAIN
 from lrp_compiler.kernels.dialect.embedding import EMBEDDING_RELEVANCE, TOKEN_RELEVANCE
+from lrp_compiler.kernels.dialect.epsilon_conv2d import EPSILON_CONV2D_BWD
 from lrp_compiler.kernels.dialect.epsilon_linear import EPSILON_LINEAR_BWD
 from lrp_compiler.kernels.dialect.gated_mlp import GATED_MLP_BWD
 from lrp_compiler.kernels.dialect.linear_attention import LINEAR_ATTENTION_TRANSPOSE
@@ -15,6 +16,7 @@ from lrp_compiler.kernels.dialect.norm import NORM_BWD
 from lrp_compiler.kernels.dialect.pooling import MAXPOOL_BWD
 from lrp_compiler.kernels.dialect.rope import ROPE_BWD
 from lrp_compiler.kernels.dialect.selective_scan import SELECTIVE_SCAN_TRANSPOSE
+from lrp_compiler.kernels.dialect.signsplit_conv2d import SIGNSPLIT_CONV2D_BWD, SIGNSPLIT_CONV2D_FWD
 from lrp_compiler.kernels.dialect.signsplit_linear import SIGNSPLIT_LINEAR_BWD, SIGNSPLIT_LINEAR_FWD
 from lrp_compiler.kernels.dialect.softmax import SOFTMAX_BWD
 from lrp_compiler.kernels.dialect.topk import TOPK_FILTER
@@ -32,6 +34,9 @@ DIALECT: tuple[KernelSpec, ...] = (
     SIGNSPLIT_LINEAR_FWD,
     SIGNSPLIT_LINEAR_BWD,
     EPSILON_LINEAR_BWD,
+    SIGNSPLIT_CONV2D_FWD,
+    SIGNSPLIT_CONV2D_BWD,
+    EPSILON_CONV2D_BWD,
     ELEMENTWISE_CHAIN,
     SELECTIVE_SCAN_TRANSPOSE,
     LINEAR_ATTENTION_TRANSPOSE,

@@ -19,6 +19,8 @@ from lrp_compiler.coverage import (
     op_table,
     timings,
 )
+from lrp_compiler.kernel_report import HEAD as KERNEL_HEAD
+from lrp_compiler.kernel_report import KernelRow, kernel_rows, kernel_summary
 from lrp_compiler.ledger import Ledger
 from lrp_compiler.passes.branches import (
     forward_nodes_everywhere,
@@ -77,6 +79,7 @@ class Report:
     specialised: tuple[str, ...]
     compilations: tuple[Compilation, ...]
     coverage: Coverage
+    kernels: tuple[KernelRow, ...]
     sites: tuple[str, ...]
     conserves: bool
     conservation: Conservation | None = None
@@ -138,6 +141,10 @@ class Report:
             rows.append((one.name, one.kind, f"{one.bytes:,}", one.dtype, one.producer, read, lifetime, slot))
         return aligned(rows)
 
+    def kernel_table(self) -> str:
+        """One line per op that relevance flows through: the kernels its relevance runs, or why torch computes it."""
+        return aligned([KERNEL_HEAD, *(row.cells() for row in self.kernels)])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         data = asdict(self)
@@ -159,6 +166,7 @@ class Report:
             f"  memory    {self.memory.peak:,} B at most, above parameters and inputs;"
             f" a tape keeps {self.memory.left:,} B",
             f"  passes    {timings(self.milliseconds)}",
+            f"  kernels   {kernel_summary(self.kernels)}",
             "  rules",
             indented(op_table(self.ops)),
             "  conserves " + self._conservation(),
@@ -254,6 +262,7 @@ def make_report(
         specialised=tuple(spec.target for spec in program.inputs if spec.node in {pin.input for pin in program.pins}),
         compilations=compilations,
         coverage=measure_coverage(model, stages, codegen=executable.milliseconds),
+        kernels=kernel_rows(executable.program, explained.backend),
         sites=tuple(site_table(program)),
         conserves=composite.conserves,
         conservation=conservation,

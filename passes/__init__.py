@@ -9,7 +9,8 @@ relevance. ``analyse`` finds where relevance is read and what depends on it; ``a
 every live op its rule. ``insert_relevance`` walks backwards and writes the rules behind the forward graph, reading
 forward values through promises, of this run or of a reference run on other inputs; ``simplify`` tidies up; ``fuse``
 puts kernels of the relevance dialect in the place of the ops they compute; ``compress`` gives what is read of a value a
-small form; ``lower_promises`` turns promises into deferred buffers; ``partition`` cuts the joint graph in two;
+small form; ``lower_promises`` turns promises into deferred buffers; ``fuse_elementwise`` makes one kernel of
+pointwise ops that follow each other; ``partition`` cuts the joint graph in two;
 ``share_memory`` lets relevance ops write over what nothing reads any more; ``plan_memory`` says how long buffers live
 and what the peak will be; ``codegen`` makes both halves callable.
 

@@ -20,7 +20,7 @@ from lrp_compiler.kernels.randomness import bernoulli_again, bytes_of_state, che
 from lrp_compiler.passes.deferral import GENERATOR_READERS, REPLAY, drop_dead_nodes, either, fixed_nodes
 from lrp_compiler.passes.emitter import promise
 from lrp_compiler.passes.optable import aten_names, schema_name
-from lrp_compiler.passes.packing import DRAWN, MASK, POSITIVE, SIGN, WINNERS, Packing
+from lrp_compiler.passes.packing import DRAWN, MASK, PACKERS, POSITIVE, SIGN, WINNERS, Packing
 from lrp_compiler.passes.program import (
     FACTS,
     Facts,
@@ -117,7 +117,7 @@ class _Compressor:
 
     def pack_value(self, node: fx.Node) -> None:
         """Have the readers of a mask, of a sign or of winners read either that or its packed form."""
-        readers = list(node.users)
+        readers = [user for user in node.users if user.target not in PACKERS]
         if tensor_of(node).dtype is torch.bool:
             readers = [user for user in readers if not (user in self.fixed and _is_mask(user))]
             form: tuple[fx.Node, Packing, tuple[Any, ...]] = (node, MASK, ())
@@ -125,8 +125,8 @@ class _Compressor:
             form = (first_argument(node), SIGN, (tensor_of(node).dtype,))
         elif node.target is promise and (drawn := _drawn(first_argument(node))) is not None:
             form = (self.promised(drawn[0], node), DRAWN, (tensor_of(node).dtype, drawn[1]))
-        elif node.target is promise and (pooled := _pooled(first_argument(node))) is not None:
-            form = (node, WINNERS, pooled)
+        elif node.target is promise and (winners := pooled(first_argument(node))) is not None:
+            form = (node, WINNERS, winners)
         else:
             return
         for reader in readers:
@@ -197,7 +197,7 @@ def _drawn(node: fx.Node) -> tuple[fx.Node, float] | None:
     return None
 
 
-def _pooled(node: fx.Node) -> tuple[list[Any], Geometry] | None:
+def pooled(node: fx.Node) -> tuple[list[Any], Geometry] | None:
     """Input sizes and geometry of the max pooling whose winners ``node`` holds, if a window fits a byte; else None."""
     if node.target is not operator.getitem or node.args[1] != 1:
         return None

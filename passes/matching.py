@@ -82,3 +82,9 @@ def matches(graph: fx.Graph) -> Iterator[Match]:
             found.setdefault(emission, {})[traced] = node
     for emission, results in found.items():
         yield Match(emission, results)
+
+
+def match_of(node: fx.Node) -> Match | None:
+    """The emission whose result ``node`` is, with this result alone."""
+    emission, traced = node.meta.get(EMISSION, (None, None))
+    return None if emission is None else Match(emission, {traced: node})

@@ -26,6 +26,7 @@ from lrp_compiler.passes.compress import compress
 from lrp_compiler.passes.decompose import decompose
 from lrp_compiler.passes.functionalise import functionalise
 from lrp_compiler.passes.fuse import fuse
+from lrp_compiler.passes.fuse_elementwise import fuse_elementwise
 from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.lower_promises import lower_promises
 from lrp_compiler.passes.partition import forward_only, partition
@@ -54,6 +55,7 @@ EMIT: tuple[Pass, ...] = (
     fuse,
     compress,
     lower_promises,
+    fuse_elementwise,
     partition,
     share_memory,
     plan_memory,
@@ -174,7 +176,7 @@ def emit(
     explained: tuple[Stage, ...], request: Request, goal: MemoryGoal | None = None, backend: Backend = "auto"
 ) -> tuple[tuple[Stage, ...], Executable]:
     """The stages of EMIT for one request under a memory goal, with kernels where ``backend`` has them, and the code."""
-    settings: dict[Pass, tuple[Any, ...]] = {lower_promises: (goal,), fuse: (backend,)}
+    settings: dict[Pass, tuple[Any, ...]] = {lower_promises: (goal,), fuse: (backend,), fuse_elementwise: (backend,)}
     history = run(insert_relevance, explained, request)
     for one in EMIT[1:]:
         history = run(one, history, *settings.get(one, ()))

@@ -199,6 +199,7 @@ LEGAL: dict[str, tuple[Check, ...]] = {
     "fuse": JOINT,
     "compress": JOINT,
     "lower_promises": (*FUNCTIONAL, no_promises),
+    "fuse_elementwise": (*FUNCTIONAL, no_promises),
     "partition": (*FUNCTIONAL, is_partitioned),
     "share_memory": (*FUNCTIONAL, is_partitioned, writes_to_its_own),
     "plan_memory": (*FUNCTIONAL, is_partitioned, writes_to_its_own),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,11 @@ import torch
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # Triton decides at its import whether its own functions are for the interpreter.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton.language")
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
 
 
@@ -30,6 +36,24 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     path = session.config.getoption("--catalogue")
     if path and exitstatus == pytest.ExitCode.OK:
         Path(path).write_text(catalogue.table(), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def mended_interpreter() -> Iterator[None]:
+    """The interpreter rounds bfloat16 as a GPU does, and calls are quicker."""
+    with pytest.MonkeyPatch.context() as patch:
+        mended = importlib.import_module("interpreter")
+        mended.round_to_nearest(patch)
+        mended.replace_once(patch)
+        yield
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Kernels run on CPU tensors, in Triton's interpreter; on a machine with a GPU they run compiled."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        request.getfixturevalue("mended_interpreter")
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,13 @@ def layer_norm_form(c: Tensor, weight: Tensor | None, rstd: Tensor, normalised_d
     """As layer_norm_transpose."""
     rows = c.flatten(-normalised_dims).flatten(0, -2)
     gain = None if weight is None else weight.flatten()
-    made: Tensor = NORM_BWD(rows, gain, rstd.flatten(), None, True, 0)
+    made: Tensor = NORM_BWD(rows, gain, rstd.flatten(), None, True, 0, False)
     return made.view(c.shape)
 
 
 def group_norm_form(c: Tensor, weight: Tensor | None, rstd: Tensor, groups: int) -> Tensor:
     """As group_norm_transpose: each group of each sample is a row."""
-    made: Tensor = NORM_BWD(c.reshape(c.shape[0] * groups, -1), weight, rstd.flatten(), None, True, groups)
+    made: Tensor = NORM_BWD(c.reshape(c.shape[0] * groups, -1), weight, rstd.flatten(), None, True, groups, False)
     return made.view(c.shape)
 
 
@@ -32,9 +32,7 @@ def centred_norm_form(
     c: Tensor, scale: Tensor, divides: bool, dtype: torch.dtype, dims: tuple[int, ...] | None
 ) -> Tensor:
     """As centred_norm_transpose, for norms over the last dimension; without ``dims`` no mean is taken."""
-    if divides:
-        raise NotSupportedError("the norm divides by its deviation, and the kernel multiplies by the reciprocal")
     if c.dtype != dtype or scale.shape != (*c.shape[:-1], 1) or dims not in (None, (-1,), (c.dim() - 1,)):
         raise NotSupportedError("the kernel is for norms over the last dimension in one dtype")
-    made: Tensor = NORM_BWD(c.reshape(-1, c.shape[-1]), None, scale.flatten(), None, dims is not None, 0)
+    made: Tensor = NORM_BWD(c.reshape(-1, c.shape[-1]), None, scale.flatten(), None, dims is not None, 0, divides)
     return made.view(c.shape)

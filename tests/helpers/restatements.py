@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from restated_attention import RESTATED_ATTENTION
+from restated_convolutions import RESTATED_CONVOLUTIONS
 from restated_elementwise import RESTATED_ELEMENTWISE
 from restated_epsilon import RESTATED_EPSILON
 from restated_norms import RESTATED_NORMS
@@ -21,5 +22,6 @@ RESTATED: dict[str, Callable[..., Any]] = {
     **RESTATED_EPSILON,
     **RESTATED_SCANS,
     **RESTATED_ATTENTION,
+    **RESTATED_CONVOLUTIONS,
 }
 """Op of the dialect -> its formula, written down as plainly as can be; takes and gives float64 tensors."""

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # Read when a kernel is defined, so before any test imports one.
-    os.environ["TRITON_INTERPRET"] = "1"
 
-
-@pytest.fixture(autouse=True, scope="session")
-def mended_interpreter() -> Iterator[None]:
-    """Where kernels are interpreted, bfloat16 is rounded as on a GPU, and calls are quicker."""
-    with pytest.MonkeyPatch.context() as patch:
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            # Imports Triton, which has to come after TRITON_INTERPRET is set.
-            mended = importlib.import_module("interpreter")
-            mended.round_to_nearest(patch)
-            mended.replace_once(patch)
-        yield
+@pytest.fixture(autouse=True)
+def _on_kernels(interpreted: None) -> None:
+    """Every test here runs kernels."""
 
 
 @pytest.fixture
