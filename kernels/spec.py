@@ -96,7 +96,8 @@ class KernelSpec:
     float64 the kernel may make. ``bound`` is what limits it on a GPU. ``source`` cites paper and equation. ``stock``
     gives the results by torch's own fused op, or None for calls that this cannot do: another way to run the call, and
     the bar for benchmarks. ``vmap`` takes (op, mapped size, mapped dimensions, arguments) to (results, their mapped
-    dimensions), by default one call after the other. ``tuner`` remembers which way is the fastest.
+    dimensions), by default one call after the other. ``tuner`` remembers which way is the fastest. ``unread`` are positions of arguments
+    that the reference computes anew, so that they may be constants to autograd.
     """
 
     name: str
@@ -115,6 +116,7 @@ class KernelSpec:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     stock: Callable[..., Any] | None = None
     vmap: Mapping = one_by_one
+    unread: tuple[int, ...] = ()
     tuner: Autotuner = field(default_factory=Autotuner, compare=False, repr=False)
 
     @cached_property

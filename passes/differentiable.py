@@ -83,12 +83,12 @@ def keep_derivatives(graph: fx.Graph) -> None:
 def write_plainly(graph: fx.Graph) -> None:
     """Put plain functions in the place of ops that cannot be differentiated (again)."""
     for node in graph.nodes:
-        plain = PLAIN.get(schema_name(node.target)) if node.op == "call_function" else None
+        kernel = spec_of(node.target)
+        plain = Plain(kernel.reference, kernel.unread) if kernel is not None else PLAIN.get(schema_name(node.target))
         if plain is not None:
             node.target = plain.function
             node.args = tuple(None if place in plain.unread else arg for place, arg in enumerate(node.args))
-        kernel = spec_of(node.target)
-        node.target = FUNCTIONAL.get(node.target, node.target) if kernel is None else kernel.reference
+        node.target = FUNCTIONAL.get(node.target, node.target)
     graph.eliminate_dead_code()
     keep_derivatives(graph)
 

@@ -314,5 +314,6 @@ ATTENTION_LRP_BWD = KernelSpec(
     refused=backward_refused,
     workloads=backward_workloads,
     flops=_flops,
+    unread=(4, 5),
     bound="compute",
 )

@@ -159,6 +159,7 @@ ATTENTION_LRP_MAP = KernelSpec(
     refused=_map_refused,
     workloads=_map_workloads,
     flops=_map_flops,
+    unread=(4,),
     bound="memory",
 )
 
