@@ -34,7 +34,7 @@ from lrp_compiler.kernels.triton_dialect.shares import (
 CONFIGS_SIGNSPLIT_LINEAR_FWD = CONFIGS
 CONFIGS_SIGNSPLIT_LINEAR_BWD = CONFIGS
 
-HELD = 32 * 64
+HELD = 32 * 16
 """Elements of each sum per warp, from which on what is stored of them is made of one quarter after the other."""
 
 
