@@ -21,7 +21,7 @@ from lrp_compiler.kernels.triton_dialect.shares import epsilon_ratio
 CONFIGS_EPSILON_LINEAR_BWD = (
     config(8, 3, BLOCK_ROW=128, BLOCK_COLUMN=128, BLOCK_INNER=64),
     config(4, 4, BLOCK_ROW=128, BLOCK_COLUMN=64, BLOCK_INNER=32),
-    config(4, 4, BLOCK_ROW=64, BLOCK_COLUMN=64, BLOCK_INNER=64),
+    config(4, 4, BLOCK_ROW=64, BLOCK_COLUMN=64, BLOCK_INNER=32),
     config(4, 2, BLOCK_ROW=32, BLOCK_COLUMN=32, BLOCK_INNER=32),
 )
 
@@ -77,7 +77,7 @@ def plan_epsilon_linear_bwd(
     out = c.new_empty((*c.shape[:-1], inputs))
     c, z = as_matrix(c), as_matrix(z)
     x, residual = (None if value is None else as_matrix(value) for value in (x, residual))
-    chosen = fitted(CONFIGS_EPSILON_LINEAR_BWD, config, c.shape[0], inputs, c.dtype)
+    chosen = fitted(CONFIGS_EPSILON_LINEAR_BWD, config, c.shape[0], inputs, c)
     arguments = {
         "c": c, "z": z, "weight": weight, "x": x, "residual": residual, "out": out,
         "rows": c.shape[0], "inputs": inputs, "outputs": outputs, "epsilon": float(epsilon),

@@ -15,7 +15,8 @@ INTERPRETED = tl.constexpr(interpreting())
 CONFIGS = (
     config(8, 3, BLOCK_ROW=128, BLOCK_COLUMN=128, BLOCK_INNER=64),
     config(4, 4, BLOCK_ROW=128, BLOCK_COLUMN=64, BLOCK_INNER=64),
-    config(4, 4, BLOCK_ROW=64, BLOCK_COLUMN=64, BLOCK_INNER=64),
+    config(8, 4, BLOCK_ROW=128, BLOCK_COLUMN=64, BLOCK_INNER=32),
+    config(4, 4, BLOCK_ROW=64, BLOCK_COLUMN=64, BLOCK_INNER=32),
     config(4, 2, BLOCK_ROW=32, BLOCK_COLUMN=32, BLOCK_INNER=32),
 )
 """Tiles for two sums at once, the largest first: results of ROW x COLUMN, INNER terms at a time."""
@@ -27,16 +28,25 @@ FULL = 120
 """Tiles that keep a large GPU busy."""
 
 
-def fitted(configs: tuple[Config, ...], given: Config | None, rows: int, columns: int, dtype: torch.dtype) -> Config:
-    """``given``, or the first of which there are enough tiles, the last if none; as float32 can hold them."""
-    chosen = given or next((one for one in configs if _fills(one, rows, columns)), configs[-1])
-    too_large = dtype == torch.float32 and chosen["BLOCK_ROW"] >= LARGEST_FLOAT32["BLOCK_ROW"]
+def fitted(configs: tuple[Config, ...], given: Config | None, rows: int, columns: int, like: Tensor) -> Config:
+    """``given``, or the first whose tiles keep the device of ``like`` busy, the last if none does; as float32 fits."""
+    chosen = given or next((one for one in configs if _suits(one, rows, columns, like.device)), configs[-1])
+    too_large = like.dtype == torch.float32 and chosen["BLOCK_ROW"] >= LARGEST_FLOAT32["BLOCK_ROW"]
     return LARGEST_FLOAT32 if too_large else chosen
 
 
-def _fills(tiles: Config, rows: int, columns: int) -> bool:
+def _suits(tiles: Config, rows: int, columns: int, device: torch.device) -> bool:
+    """Whether there are enough tiles, none mostly empty, and the chip has room for them."""
     count = cdiv(rows, tiles["BLOCK_ROW"]) * cdiv(columns, tiles["BLOCK_COLUMN"])
-    return count >= FULL and tiles["BLOCK_ROW"] <= next_power_of_2(rows)
+    fills = count >= FULL and tiles["BLOCK_ROW"] <= next_power_of_2(rows)
+    return fills and (tiles["BLOCK_INNER"] <= 32 or _is_roomy(device))
+
+
+def _is_roomy(device: torch.device) -> bool:
+    """Whether 64 terms fit: before Hopper they spill, and AMD's chips have less shared memory."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def precision() -> str:

@@ -34,7 +34,7 @@ from lrp_compiler.kernels.triton_dialect.shares import (
 CONFIGS_SIGNSPLIT_LINEAR_FWD = CONFIGS
 CONFIGS_SIGNSPLIT_LINEAR_BWD = CONFIGS
 
-HELD = 32 * 64
+HELD = 32 * 16
 """Elements of each sum per warp, from which on what is stored of them is made of one quarter after the other."""
 
 
@@ -186,7 +186,7 @@ def plan_signsplit_linear_fwd(
     outputs, inputs = weight.shape
     ratio, aside = contiguous_like(c), empty_aside(c, method)
     c, x = as_matrix(c), as_matrix(x)
-    chosen = fitted(CONFIGS, config, c.shape[0], outputs, c.dtype)
+    chosen = fitted(CONFIGS, config, c.shape[0], outputs, c)
     # Another kernel cuts numbers to TF32 in its own way, and u + z0 would be the difference.
     z = None if z is None or _in_tf32(c.dtype) else as_matrix(z)
     arguments = {
@@ -219,7 +219,7 @@ def plan_signsplit_linear_bwd(
     out = contiguous_like(x)
     ratio, x = as_matrix(ratio), as_matrix(x)
     aside_matrix = None if method == "z_plus" else as_matrix(aside)
-    chosen = fitted(CONFIGS, config, x.shape[0], inputs, x.dtype)
+    chosen = fitted(CONFIGS, config, x.shape[0], inputs, x)
     favour = first / 2 if method == "gamma" else 0.0
     arguments = {
         "ratio": ratio, "aside": aside_matrix, "x": x, "weight": weight, "out": out,

@@ -20,7 +20,7 @@ from lrp_compiler.kernels.dialect.shares import METHODS, packed, right_hand_side
 from lrp_compiler.kernels.dialect.signsplit_linear import PARAMETERS, SIGNSPLIT_LINEAR_BWD, SIGNSPLIT_LINEAR_FWD
 from lrp_compiler.kernels.spec import FLOATS, KernelSpec
 
-CONFIGURATIONS = range(4)
+CONFIGURATIONS = range(5)
 
 
 def _through(c: Tensor, x: Tensor, weight: Tensor, method: str, first: float, second: float, epsilon: float) -> Tensor:
@@ -62,6 +62,8 @@ def test_every_configuration_is_as_accurate_as_eager(method: str, which: int, de
     dtype = FLOATS[(METHODS.index(method) + which) % 3]
     torch.manual_seed(0)
     for spec, arguments in _calls(method, dtype, which, device):
+        if which >= len(spec.configs):
+            continue
         exact = pytree.tree_leaves(spec.reference(*upcast(arguments)))  # type: ignore[misc]
         eager = pytree.tree_leaves(spec.reference(*arguments))
         for found, reference, truth in zip(_run(spec, which, arguments), eager, exact, strict=False):
@@ -71,9 +73,16 @@ def test_every_configuration_is_as_accurate_as_eager(method: str, which: int, de
                 assert torch.equal(found, truth)
 
 
-@pytest.mark.parametrize("spec", [SIGNSPLIT_LINEAR_FWD, SIGNSPLIT_LINEAR_BWD, EPSILON_LINEAR_BWD], ids=lambda s: s.name)
-def test_all_configurations_are_tried(spec: KernelSpec) -> None:
-    assert len(spec.configs) == len(CONFIGURATIONS)
+def test_all_configurations_are_tried() -> None:
+    specs = (SIGNSPLIT_LINEAR_FWD, SIGNSPLIT_LINEAR_BWD, EPSILON_LINEAR_BWD)
+    assert max(len(spec.configs) for spec in specs) == len(CONFIGURATIONS)
+
+
+@pytest.mark.parametrize(("rows", "tile"), [(1, 32), (60, 64), (2048, 128)])
+def test_few_rows_take_small_tiles(rows: int, tile: int) -> None:
+    c, x, weight, _ = linear_operands(torch.bfloat16, torch.device("meta"), (rows,), 4096, 14336)
+    _, (launch,) = SIGNSPLIT_LINEAR_FWD.plan(c, x, weight, None, None, "z_plus", 0.0, 0.0, 1e-6)
+    assert launch.arguments["BLOCK_ROW"] == tile
 
 
 @pytest.mark.parametrize("method", METHODS)
