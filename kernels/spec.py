@@ -160,7 +160,7 @@ def _one_by_one(op: Any, batch: int, dims: tuple[Any, ...], arguments: tuple[Any
     made = []
     for index in range(batch):
         chosen = [
-            argument if dim is None else argument.select(dim, index)
+            argument.select(dim, index) if isinstance(dim, int) else argument
             for argument, dim in zip(arguments, dims, strict=True)
         ]
         made.append(op(*chosen))
