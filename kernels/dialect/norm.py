@@ -121,6 +121,8 @@ def _refused(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
 def _workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     yield Sample("LayerNorm 8x197x768 (ViT-B/16)", _arguments(dtype, device, 8 * 197, 768, centred=True))
     yield Sample("RMSNorm 4x2048x4096 (Llama 8B)", _arguments(dtype, device, 4 * 2048, 4096, centred=False))
+    yield Sample("RMSNorm 2048x16384 (Llama 405B)", _arguments(dtype, device, 2048, 16384, centred=False))
+    yield Sample("LayerNorm 2048x12288 (GPT-3)", _arguments(dtype, device, 2048, 12288, centred=True))
     for batch in (8, 16):
         unet = _arguments(dtype, device, batch * 32, 10 * 64 * 64, centred=True, groups=32, channels=320)
         yield Sample(f"GroupNorm {batch}x320x64x64 (U-Net)", unet)

@@ -87,6 +87,7 @@ def _workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     yield Sample("8x12x1024x1024 (GPT-2)", (c, s, None))
     c, s, residual = _arguments(dtype, device, 8, 12, 197, 197)
     yield Sample("8x12x197x197 residual (ViT-B/16)", (c, s, residual))
+    yield Sample("1x8x1024x16384 residual", _arguments(dtype, device, 1, 8, 1024, 16384))
     c, s, _ = _arguments(dtype, device, 2048, 32000)
     yield Sample("2048x32000 (vocabulary of Llama 2)", (c, s, None))
 

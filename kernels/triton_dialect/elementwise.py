@@ -186,14 +186,14 @@ def elementwise_chain_kernel(
     registers = ()
     for place in tl.static_range(len(inputs)):
         along_rows = row_offset(row, sizes, row_strides[place])[:, None]
-        # What broadcasts is read once, and stays narrow until it meets something wider.
+        # What broadcasts is read once and stays narrow until it meets something wider; idle lanes can divide by 1.
         if SPANS[place] == 3:
             address = inputs[place] + along_rows + column * column_strides[place]
-            value = tl.load(address, mask=some_row & some_column, other=0)
+            value = tl.load(address, mask=some_row & some_column, other=1)
         elif SPANS[place] == 2:
-            value = tl.load(inputs[place] + along_rows, mask=some_row, other=0)
+            value = tl.load(inputs[place] + along_rows, mask=some_row, other=1)
         elif SPANS[place] == 1:
-            value = tl.load(inputs[place] + column * column_strides[place], mask=some_column, other=0)
+            value = tl.load(inputs[place] + column * column_strides[place], mask=some_column, other=1)
         else:
             value = tl.load(inputs[place] + tl.zeros((1, 1), tl.int32))
         registers += (as_number(value),)  # type: ignore[assignment]

@@ -112,7 +112,7 @@ def norm_bwd_long_kernel(
     if ADDS_UP:
         tl.store(sums + tl.program_id(0).to(tl.int64), total)
     else:
-        size = channels.to(tl.int64) * elements
+        size = tl.cast(channels, tl.int64) * elements
         mean = total / size
         deviation = tl.load(scale + row * scale_stride).to(tl.float32)
         for chunk in range(part, chunks, splits):
