@@ -96,8 +96,8 @@ class KernelSpec:
     float64 the kernel may make. ``bound`` is what limits it on a GPU. ``source`` cites paper and equation. ``stock``
     gives the results by torch's own fused op, or None for calls that this cannot do: another way to run the call, and
     the bar for benchmarks. ``vmap`` takes (op, mapped size, mapped dimensions, arguments) to (results, their mapped
-    dimensions), by default one call after the other. ``tuner`` remembers which way is the fastest. ``unread`` are positions of arguments
-    that the reference computes anew, so that they may be constants to autograd.
+    dimensions), by default one call after the other. ``tuner`` remembers which way is the fastest.
+    ``unread`` are positions of arguments that the reference computes anew, so that they may be constants to autograd.
     """
 
     name: str
