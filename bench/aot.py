@@ -19,25 +19,36 @@ from harness import command, markdown, write
 from lrp_compiler.kernels.aot import CHIPS, NAMES, Build, builds
 from lrp_compiler.kernels.registry import DIALECT
 
-HEADER = ("kernel", "workload", "dtype", "configuration", "chip", "registers", "spilled", "shared", "occupancy")
+FIGURES = "registers / bytes spilled / bytes shared / occupancy at most"
 
 
-def cells(build: Build) -> list[str]:
-    """One line of the table."""
-    names = [build.kernel.removesuffix("_kernel"), build.workload, build.dtype, build.config, build.chip]
-    return [*names, str(build.registers), str(build.spilled), str(build.shared), f"{build.occupancy:.0%}"]
+def figures(build: Build) -> str:
+    """What one compilation takes of its chip."""
+    return f"{build.registers} / {build.spilled} / {build.shared} / {build.occupancy:.0%}"
+
+
+def names(build: Build) -> tuple[str, ...]:
+    """What was compiled: kernel, workload, dtype, configuration."""
+    return build.kernel.removesuffix("_kernel"), build.workload, build.dtype, build.config
 
 
 def document(made: list[Build]) -> str:
-    """The table under a head that says what it shows."""
-    spilling = sum(build.spilled > 0 for build in made)
+    """The table, a line per kernel and configuration and a column per chip, under a head that says what it shows."""
+    chips = list(dict.fromkeys(build.chip for build in made))
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for build in made:
+        rows.setdefault(names(build), {})[build.chip] = figures(build)
+    spilling = {chip: sum(build.spilled > 0 for build in made if build.chip == chip) for chip in chips}
+    spilled = ", ".join(f"{count} on {chip}" for chip, count in spilling.items())
+    lines = ([*what, *(found.get(chip, "") for chip in chips)] for what, found in rows.items())
     return f"""# Kernels compiled ahead of time
 
-`python bench/aot.py`, triton {triton.__version__}: {len(made)} compilations, {spilling} of which keep values in local
-memory. Registers and bytes spilled are per thread, bytes of shared memory per program; the occupancy is the share of a
-multiprocessor's warps that registers, shared memory and places for programs admit. Nothing here was run on a GPU.
+`python bench/aot.py`, triton {triton.__version__}: {len(made)} compilations of {len(rows)} kernels in their
+configurations. Of these, values are kept in local memory by {spilled}. Per chip: {FIGURES}; registers and bytes spilled
+are per thread, shared memory is per program, and the occupancy is the share of a multiprocessor's warps that registers,
+shared memory and places for programs admit. Nothing here was run on a GPU.
 
-{markdown(HEADER, map(cells, made))}
+{markdown(["kernel", "workload", "dtype", "configuration", *chips], lines)}
 """
 
 
@@ -48,15 +59,15 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], action="append", help="dtypes (default: all)")
     parser.add_argument("--op", choices=[spec.name for spec in DIALECT], action="append", help="ops (default: all)")
     chosen = parser.parse_args()
-    names = {name: dtype for dtype, name in NAMES.items()}
-    dtypes: tuple[torch.dtype, ...] = tuple(names[name] for name in chosen.dtype or ("fp32", "bf16", "fp16"))
+    known = {name: dtype for dtype, name in NAMES.items()}
+    dtypes: tuple[torch.dtype, ...] = tuple(known[name] for name in chosen.dtype or ("fp32", "bf16", "fp16"))
     made: list[Build] = []
     for spec in DIALECT:
         if chosen.op and spec.name not in chosen.op:
             continue
         for chip in chosen.chip or CHIPS:
             for build in builds(spec, CHIPS[chip], tuple(dtype for dtype in dtypes if dtype in spec.dtypes)):
-                print("  ".join(cells(build)), flush=True)
+                print("  ".join([*names(build), build.chip, figures(build)]), flush=True)
                 made.append(build)
     if chosen.out:
         write(chosen.out, document(made))
