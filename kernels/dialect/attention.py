@@ -315,4 +315,5 @@ ATTENTION_LRP_BWD = KernelSpec(
     workloads=backward_workloads,
     flops=_flops,
     bound="compute",
+    stock=stock_attention_bwd,
 )
