@@ -49,8 +49,12 @@ def options() -> argparse.Namespace:
     chosen.device = gpu()
     on_gpu = is_gpu(chosen.device)
     chosen.scale = chosen.scale or ("full" if on_gpu else "small")
-    chosen.dtypes = [DTYPES[name] for name in chosen.dtype or (DTYPES if on_gpu or chosen.check else ("fp32",))]
-    if chosen.check and not on_gpu:
+    interpreted = chosen.check and not on_gpu
+    chosen.dtype = chosen.dtype or (list(DTYPES) if on_gpu else ["fp32", "fp16"] if interpreted else ["fp32"])
+    chosen.dtypes = [DTYPES[name] for name in chosen.dtype]
+    if interpreted and "bf16" in chosen.dtype:
+        parser.error("Triton's interpreter truncates bfloat16; tests/kernels mends that, or check it on a GPU")
+    if interpreted:
         # Read when a kernel is defined, which is at its first use.
         os.environ["TRITON_INTERPRET"] = "1"
     return chosen
@@ -71,7 +75,7 @@ def check(asked: list[Case], device: torch.device) -> int:
 
 def check_apart(ops: list[str], chosen: argparse.Namespace) -> int:
     """Check each op in a process of its own, so that one that fails takes no other along; 1 when one is wrong."""
-    options = [*(f"--dtype={name}" for name in chosen.dtype or ()), f"--scale={chosen.scale}"]
+    options = [*(f"--dtype={name}" for name in chosen.dtype), f"--scale={chosen.scale}"]
 
     def one(op: str) -> int:
         asked = [sys.executable, __file__, "--check", f"--op={op}", *options]
@@ -80,7 +84,7 @@ def check_apart(ops: list[str], chosen: argparse.Namespace) -> int:
         return done.returncode
 
     with ThreadPoolExecutor(chosen.jobs) as pool:
-        return 1 if any(pool.map(one, ops)) else 0
+        return max(list(pool.map(one, ops)), default=0)
 
 
 class Run:

@@ -316,4 +316,5 @@ ATTENTION_LRP_BWD = KernelSpec(
     flops=_flops,
     unread=(4, 5),
     bound="compute",
+    stock=stock_attention_bwd,
 )
