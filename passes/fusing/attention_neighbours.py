@@ -32,6 +32,7 @@ def take_in_scales(program: Program, node: fx.Node) -> None:
         if reader is not None and behind is not None and edge.target is operator.getitem:
             shares[edge.args[1]] *= behind[1]  # type: ignore[index]
             reader.replace_all_uses_with(edge)
+            program.graph.erase_node(reader)
     node.args = (c, *rest[:-3], *shares)
 
 

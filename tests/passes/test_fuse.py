@@ -11,13 +11,15 @@ import pytest
 import torch
 import zoo
 from accuracy import assert_as_accurate
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lrp_compiler import compile_for_lrp, composites, rules
 from lrp_compiler.composites import composite_named
 from lrp_compiler.errors import OptionValueError
 from lrp_compiler.passes.fusing.attention import attention_form
 from lrp_compiler.passes.optable import OpClass
+from lrp_compiler.passes.pipeline import Stage
+from lrp_compiler.passes.program import tensor_of
 from lrp_compiler.passes.rules.base import Composite, on
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -154,6 +156,28 @@ def test_fused_relevance_can_be_differentiated_and_mapped(name: str) -> None:
         torch.testing.assert_close(each[0], each[1])
         torch.testing.assert_close(each[0], relevance.detach())
     torch.testing.assert_close(grads[0], grads[1])
+
+
+def calls(stages: tuple[Stage, ...], name: str) -> list[fx.Node]:
+    """The calls of an op of the dialect in the last stage."""
+    graph = stages[-1].program.relevance_graph
+    assert graph is not None
+    return [node for node in graph.nodes if str(node.target) == f"lrp.{name}.default"]
+
+
+def test_kernels_take_in_their_neighbours() -> None:
+    """AttnLRP's shares, keys that serve two heads each, the weight and the residual sum of a norm, R = a c."""
+    case = zoo.build("llama")
+    stages = compile_for_lrp(case.model, "attnlrp", backend="triton").stages(**case.kwargs)
+    for node in calls(stages, "attention_lrp_bwd"):
+        assert node.args[-3:] == (0.25, 0.25, 0.5)
+        assert [tensor_of(node.args[place]).shape[1] for place in (1, 2, 3)] == [4, 2, 2]
+    norms = calls(stages, "norm_bwd")
+    assert all(node.args[1] is not None for node in norms)
+    assert sum(node.args[3] is not None for node in norms) == 4
+    signed = FUSED["alpha-beta"].build()
+    stages = compile_for_lrp(signed.model, FUSED["alpha-beta"].composite, backend="triton").stages(*signed.args)
+    assert [node.args[-1] for node in calls(stages, "signsplit_conv2d_bwd")] == [False, True]
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "bool", "bias"])
