@@ -12,9 +12,9 @@ from torch import Tensor
 from lrp_compiler.kernels.attention import repeat_heads
 from lrp_compiler.kernels.dialect.attention import attention_map, supports_attention
 from lrp_compiler.kernels.dialect.attention_samples import (
+    KEPT,
     LLAMA_8B,
     SMALL,
-    TALL,
     VIT,
     Shape,
     masked_calls,
@@ -72,8 +72,8 @@ def _map_call(shape: Shape, dtype: torch.dtype, device: torch.device, **masks: A
 def _map_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     for label, shape, masks in masked_calls(dtype, device):
         yield Sample(label, _map_call(shape, dtype, device, **masks))
-    c, query, key, value, _, *rest = _map_call(TALL, dtype, device)
-    sums = torch.logsumexp(query.float() @ key.float().mT / math.sqrt(TALL.width), -1)
+    c, query, key, value, _, *rest = _map_call(KEPT, dtype, device)
+    sums = torch.logsumexp(query.float() @ key.float().mT / math.sqrt(KEPT.width), -1)
     apart = [operand.mT.contiguous().mT for operand in (c, query, key, value)]
     yield Sample("log-sum-exp kept, strides", (*apart, sums.mT.contiguous().mT, *rest))
     yield Sample("no queries", _map_call(Shape(1, 2, 1, 0, 5, 4, 4), dtype, device))
@@ -126,7 +126,7 @@ def _heads_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]
     )
     one = c[:, :, :1, :1].expand(2, 19, 3, 2)
     yield Sample("elements of a head apart, one coefficient for all", (one, out[..., ::17], -2.0))
-    yield Sample("two rows for a program", (*pair(1, 2, 5, 1050), 0.25))
+    yield Sample("two rows for a program", (*pair(1, 2, 20, 1050), 0.25))
     yield Sample("no queries", (*pair(2, 3, 0, 8), 1.0))
     yield Sample("no elements", (*pair(1, 2, 3, 0), 1.0))
 

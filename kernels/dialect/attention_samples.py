@@ -67,6 +67,8 @@ GROUPED = Shape(1, 2, 1, 18, 18, 5, 20)
 TALL = Shape(1, 2, 2, 18, 13, 4, 4)
 FLAT = Shape(2, 1, 1, 7, 18, 4, 4)
 TINY = Shape(1, 1, 1, 7, 5, 4, 4)
+KEPT = Shape(1, 1, 1, 30, 30, 32, 32)
+"""Wide, since a rounded log-sum-exp loses more than eager torch does in sums of a few terms."""
 
 
 def masked_calls(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Shape, dict[str, Any]]]:
@@ -94,9 +96,9 @@ def backward_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sampl
     for label, shape, masks in masked_calls(dtype, device):
         yield Sample(label, shape.call(dtype, device, **masks))
     yield Sample("queries alone", TINY.call(dtype, device, shares=(0.5, 0.0, 0.0)))
-    yield Sample("keys alone", TINY.call(dtype, device, shares=(0.0, 1.0, 0.0)))
-    yield Sample("out and log-sum-exp kept", kept_call(TALL, dtype, device))
-    yield Sample("out kept, CP-LRP", kept_call(TINY, dtype, device, CP))
+    yield Sample("keys alone", FLAT.call(dtype, device, shares=(0.0, 1.0, 0.0)))
+    yield Sample("out and log-sum-exp kept", kept_call(KEPT, dtype, device))
+    yield Sample("out kept, CP-LRP", kept_call(KEPT, dtype, device, CP))
     yield from _strided(dtype, device)
     for label, shape in {
         "no queries": Shape(1, 2, 1, 0, 5, 4, 4),

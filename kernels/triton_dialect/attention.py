@@ -39,14 +39,14 @@ CONFIGS_ATTENTION_LRP_BWD = CONFIGS
 
 @triton.jit
 def attention_keys_kernel(
-    c, query, key, value, bias, logsumexp, delta, c_key, c_value,
+    c, query, key, value, bias, logsumexp, total, delta, c_key, c_value,
     query_length, key_length, heads, key_heads, group, key_tiles, scale, window, softcap, key_share, value_share,
     c_batch, c_head, c_row, c_column, query_batch, query_head, query_row, query_column,
     key_batch, key_head, key_row, key_column, value_batch, value_head, value_row, value_column,
     bias_batch, bias_head, bias_row, bias_column, logsumexp_batch, logsumexp_head, logsumexp_row,
     c_key_batch, c_key_head, c_key_row, c_key_column, c_value_batch, c_value_head, c_value_row, c_value_column,
     HAS_BIAS: tl.constexpr, BIAS_IS_MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, TO_KEYS: tl.constexpr, TO_VALUES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_TOTAL: tl.constexpr, TO_KEYS: tl.constexpr, TO_VALUES: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE_WIDTH: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def attention_keys_kernel(
         c_here = c + batch * c_batch + head * c_head
         bias_here = bias + batch * bias_batch + head * bias_head if HAS_BIAS else 0
         logsumexp_here = logsumexp + batch * logsumexp_batch + head * logsumexp_head
-        delta_here = delta + (batch * heads + head) * query_length if TO_KEYS else 0
+        first_row = (batch * heads + head) * query_length
         rows = begin + step % steps * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
         queries = load_tile(query_here, rows, columns, query_row, query_column, query_length, WIDTH)
         scores = product(keys, tl.trans(queries), PRECISION)
@@ -82,13 +82,16 @@ def attention_keys_kernel(
             bias_here, bias_row, bias_column, window, softcap,
             HAS_BIAS, BIAS_IS_MASK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, False,
         )  # fmt: skip
-        weights = tl.exp(scores - load_logsumexp(logsumexp_here, rows, logsumexp_row, query_length)[None, :])
+        scores -= load_logsumexp(logsumexp_here, rows, logsumexp_row, query_length)[None, :]
+        weights = tl.exp(scores)
+        if HAS_TOTAL:
+            weights /= tl.load(total + first_row + rows, mask=rows < query_length, other=1.0)[None, :]
         arriving = load_tile(c_here, rows, value_columns, c_row, c_column, query_length, VALUE_WIDTH)
         if TO_VALUES:
             to_values = added_product(weights, arriving, to_values, PRECISION)
         if TO_KEYS:
             on_weights = product(values, tl.trans(arriving), PRECISION)
-            given = tl.load(delta_here + rows, mask=rows < query_length, other=0.0)
+            given = tl.load(delta + first_row + rows, mask=rows < query_length, other=0.0)
             c_scores = weights * (on_weights - given[None, :])
             if HAS_SOFTCAP:
                 c_scores *= gate
@@ -104,14 +107,14 @@ def attention_keys_kernel(
 
 @triton.jit
 def attention_queries_kernel(
-    c, query, key, value, bias, logsumexp, delta, c_query,
+    c, query, key, value, bias, logsumexp, total, delta, c_query,
     query_length, key_length, heads, group, query_tiles, scale, window, softcap, query_share,
     c_batch, c_head, c_row, c_column, query_batch, query_head, query_row, query_column,
     key_batch, key_head, key_row, key_column, value_batch, value_head, value_row, value_column,
     bias_batch, bias_head, bias_row, bias_column, logsumexp_batch, logsumexp_head, logsumexp_row,
     c_query_batch, c_query_head, c_query_row, c_query_column,
     HAS_BIAS: tl.constexpr, BIAS_IS_MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, KEY_TAIL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_TOTAL: tl.constexpr, KEY_TAIL: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE_WIDTH: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -134,6 +137,8 @@ def attention_queries_kernel(
     normal = load_logsumexp(logsumexp_here, rows, logsumexp_row, query_length)
     at = (batch * heads + head) * query_length + rows
     given = tl.load(delta + at, mask=rows < query_length, other=0.0)
+    if HAS_TOTAL:
+        sums = tl.load(total + at, mask=rows < query_length, other=1.0)
     to_queries = tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], tl.float32)
     begin, end = keys_seen(first, window, key_length, BLOCK_QUERIES, BLOCK_KEYS, IS_CAUSAL, HAS_WINDOW)
     for start in range(begin, end, BLOCK_KEYS):
@@ -146,7 +151,10 @@ def attention_queries_kernel(
             bias_here, bias_row, bias_column, window, softcap,
             HAS_BIAS, BIAS_IS_MASK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, KEY_TAIL,
         )  # fmt: skip
-        weights = tl.exp(scores - normal[:, None])
+        scores -= normal[:, None]
+        weights = tl.exp(scores)
+        if HAS_TOTAL:
+            weights /= sums[:, None]
         c_scores = weights * (product(arriving, tl.trans(values), PRECISION) - given[:, None])
         if HAS_SOFTCAP:
             c_scores *= gate
@@ -206,10 +214,13 @@ def plan_rows(
     """Launches for the log-sum-exp and sum(c * out) of every query, as far as not given, and both as arguments."""
     query, c = given["query"], given["c"]
     delta = query.new_empty(query.shape[:3], dtype=torch.float32) if with_delta else None
-    launches = []
+    launches, total = [], None
     if logsumexp is None or (with_delta and out is None):
         logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
-        launches.append(rows_launch(given, tiles, delta if out is None else None, logsumexp))
+        # One float32 holds a log-sum-exp to 1e-7 of its size, which all weights of the row would lose.
+        total = torch.empty_like(logsumexp) if query.dtype == torch.float32 else None
+        launches.append(rows_launch(given, tiles, delta if out is None else None, logsumexp, total))
     if delta is not None and out is not None:
         launches.append(row_products_launch(c, out, delta, 1.0))
-    return launches, {**operand("logsumexp", logsumexp, HEADS[:3]), "delta": delta}
+    made = {"delta": delta, "total": total, "HAS_TOTAL": total is not None}
+    return launches, {**operand("logsumexp", logsumexp, HEADS[:3]), **made}

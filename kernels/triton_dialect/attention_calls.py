@@ -120,10 +120,15 @@ def launch(kernel: Any, programs: int, given: dict[str, Any], tiles: Config) -> 
     return Launch(kernel, (programs,), taken, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
-def rows_launch(given: dict[str, Any], tiles: Config, delta: Tensor | None, logsumexp: Tensor) -> Launch:
-    """Fill ``logsumexp`` and, where it is wanted, ``delta``."""
+def rows_launch(
+    given: dict[str, Any], tiles: Config, delta: Tensor | None, logsumexp: Tensor, total: Tensor | None
+) -> Launch:
+    """Fill ``delta`` where wanted and ``logsumexp``, or in its place, with ``total``, the largest score and the sum."""
     heads = given["query"].shape[0] * given["heads"]
-    own = {**given, "logsumexp": logsumexp, "delta": delta, "WITH_DELTA": delta is not None}
+    own = {
+        **given, "logsumexp": logsumexp, "total": total, "delta": delta, "WITH_DELTA": delta is not None,
+        "HAS_TOTAL": total is not None,
+    }  # fmt: skip
     return launch(attention_rows_kernel, heads * given["query_tiles"], own, tiles)
 
 

@@ -34,13 +34,13 @@ CONFIGS_ATTENTION_LRP_MAP = (
 
 @triton.jit
 def attention_map_kernel(
-    c, query, key, value, bias, logsumexp, relevance,
+    c, query, key, value, bias, logsumexp, total, relevance,
     query_length, key_length, heads, group, query_tiles, key_tiles, scale, window, softcap, share,
     c_batch, c_head, c_row, c_column, query_batch, query_head, query_row, query_column,
     key_batch, key_head, key_row, key_column, value_batch, value_head, value_row, value_column,
     bias_batch, bias_head, bias_row, bias_column, logsumexp_batch, logsumexp_head, logsumexp_row,
     HAS_BIAS: tl.constexpr, BIAS_IS_MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_TOTAL: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE_WIDTH: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,10 @@ def attention_map_kernel(
         HAS_BIAS, BIAS_IS_MASK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, False,
     )  # fmt: skip
     logsumexp_here = logsumexp + batch * logsumexp_batch + head * logsumexp_head
-    weights = tl.exp(scores - load_logsumexp(logsumexp_here, rows, logsumexp_row, query_length)[:, None])
+    scores -= load_logsumexp(logsumexp_here, rows, logsumexp_row, query_length)[:, None]
+    weights = tl.exp(scores)
+    if HAS_TOTAL:
+        weights /= tl.load(total + place * query_length + rows, mask=rows < query_length, other=1.0)[:, None]
     c_here = c + batch * c_batch + head * c_head
     value_here = value + batch * value_batch + head // group * value_head
     arriving = load_tile(c_here, rows, value_columns, c_row, c_column, query_length, VALUE_WIDTH)

@@ -16,17 +16,18 @@ from lrp_compiler.kernels.triton_dialect.attention_tiles import (
 
 @triton.jit
 def attention_rows_kernel(
-    c, query, key, value, bias, sink, logsumexp, delta,
+    c, query, key, value, bias, sink, logsumexp, total, delta,
     query_length, key_length, heads, group, query_tiles, scale, window, softcap,
     c_batch, c_head, c_row, c_column, query_batch, query_head, query_row, query_column,
     key_batch, key_head, key_row, key_column, value_batch, value_head, value_row, value_column,
     bias_batch, bias_head, bias_row, bias_column, sink_stride,
     HAS_BIAS: tl.constexpr, BIAS_IS_MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, KEY_TAIL: tl.constexpr, WITH_DELTA: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE_WIDTH: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The log-sum-exp of a tile of queries and, where WITH_DELTA, sum(c * out), by the online softmax."""
+    """By the online softmax the log-sum-exp of a tile of queries, or largest score and sum; WITH_DELTA sum(c * out)."""
     # Heads times strides pass 2^31 in large tensors.
     place = tl.program_id(0).to(tl.int64)
     batch, head = place // query_tiles // heads, place // query_tiles % heads
@@ -39,11 +40,11 @@ def attention_rows_kernel(
     queries = load_tile(query_here, rows, columns, query_row, query_column, query_length, WIDTH)
     bias_here = bias + batch * bias_batch + head * bias_head if HAS_BIAS else 0
     most = tl.full([BLOCK_QUERIES], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_QUERIES], tl.float32)
+    running = tl.zeros([BLOCK_QUERIES], tl.float32)
     if HAS_SINK:
         # A column that is seen before all keys.
         most = tl.zeros([BLOCK_QUERIES], tl.float32) + tl.load(sink + head * sink_stride).to(tl.float32)
-        total += 1.0
+        running += 1.0
     if WITH_DELTA:
         value_here = value + batch * value_batch + head // group * value_head
         made = tl.zeros([BLOCK_QUERIES, BLOCK_VALUE_WIDTH], tl.float32)
@@ -62,14 +63,20 @@ def attention_rows_kernel(
         finite = tl.where(higher > -float("inf"), higher, 0.0)
         kept = tl.exp(most - finite)
         parts = tl.exp(scores - finite[:, None])
-        total = total * kept + tl.sum(parts, 1)
+        running = running * kept + tl.sum(parts, 1)
         most = higher
         if WITH_DELTA:
             values = load_tile(value_here, others, value_columns, value_row, value_column, key_length, VALUE_WIDTH)
             made = added_product(parts, values, made * kept[:, None], PRECISION)
-    seen = tl.where(total > 0, total, 1.0)
+    attends = running > 0
+    seen = tl.where(attends, running, 1.0)
     at = (batch * heads + head) * query_length + rows
-    tl.store(logsumexp + at, tl.where(total > 0, most + tl.log(seen), -float("inf")), mask=rows < query_length)
+    if HAS_TOTAL:
+        tl.store(total + at, seen, mask=rows < query_length)
+        found = most
+    else:
+        found = most + tl.log(seen)
+    tl.store(logsumexp + at, tl.where(attends, found, -float("inf")), mask=rows < query_length)
     if WITH_DELTA:
         c_here = c + batch * c_batch + head * c_head
         coefficients = load_tile(c_here, rows, value_columns, c_row, c_column, query_length, VALUE_WIDTH)
