@@ -62,7 +62,9 @@ def kernel_rows(program: Program, backend: Backend) -> tuple[KernelRow, ...]:
     for node in forward_nodes(program):
         if node.op == "call_function" and (facts(node).flows or node.name in uses):
             made = emitted.get(node.name, [])
-            kernels = tuple(spec.name for one in made if (spec := spec_of(one.target)) is not None)
+            runs = tuple(spec.name for one in made if (spec := spec_of(one.target)) is not None)
+            # An op that is of the dialect from the start runs its reference where there are no kernels.
+            kernels = runs if allowed else ()
             why = str(allowed) if not allowed else _reason(node, made, uses.get(node.name, []))
             rows.append(KernelRow(node.name, op_name(node), module_path(node), kernels, "" if kernels else why))
     return tuple(rows)

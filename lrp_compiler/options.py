@@ -49,7 +49,7 @@ class Options:
     backend: Backend = field(
         default="auto",
         metadata={
-            "help": "'eager' runs ATen ops alone, 'triton' the kernels of the relevance dialect, 'auto' those on CUDA"
+            "help": "'eager' keeps ATen ops, 'triton' fuses them into kernels of the dialect, 'auto' does so on CUDA"
         },
     )
 

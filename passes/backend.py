@@ -22,7 +22,7 @@ def takes_kernels(graph: fx.Graph, backend: Backend) -> Supported:
     GPU nor its interpreter.
     """
     if backend == "eager":
-        return Refusal("backend='eager' runs ATen ops alone")
+        return Refusal("backend='eager' keeps ATen ops")
     devices = sorted({value.device.type for node in graph.nodes if (value := _input(node)) is not None})
     if backend == "auto":
         return devices == ["cuda"] or Refusal(f"kernels run on CUDA, and these values are on {' and '.join(devices)}")
