@@ -47,10 +47,10 @@ def test_dimensions_that_lie_evenly_in_both_are_walked_as_one() -> None:
 
 def test_rows_may_lie_beyond_the_32_bits_of_an_index(device: torch.device) -> None:
     """Pages that nobody touches take no memory."""
-    far = 2**31 + 8
-    x = torch.empty(far + 3, dtype=torch.float16, device=device).as_strided((2, 3), (far, 1))
-    x.copy_(torch.arange(6, device=device).view(2, 3))
-    assert EMBEDDING_RELEVANCE.launch(x, x).tolist() == [5, 50]
+    far = 2**30 + 8
+    x = torch.empty(2 * far + 3, dtype=torch.float16, device=device).as_strided((3, 3), (far, 1))
+    x.copy_(torch.arange(9, device=device).view(3, 3))
+    assert EMBEDDING_RELEVANCE.launch(x, x).tolist() == [5, 50, 149]
 
 
 @pytest.mark.parametrize("config", TOKEN_RELEVANCE.configs, ids=str)

@@ -64,11 +64,11 @@ def test_any_geometry_gathers_what_its_windows_give(data: st.DataObject) -> None
 
 def test_images_may_lie_beyond_the_32_bits_of_an_index(device: torch.device) -> None:
     """Pages that nobody touches take no memory."""
-    far = 2**31 + 8
-    c = torch.empty(far + 4, dtype=torch.float16, device=device).as_strided((2, 1, 2, 2), (far, 4, 2, 1))
-    offsets = torch.empty(far + 4, dtype=torch.uint8, device=device).as_strided((2, 1, 2, 2), (far, 4, 2, 1))
-    c.copy_(torch.arange(8, device=device).view(2, 1, 2, 2))
-    offsets.copy_(torch.tensor([0, 1, 2, 3, 3, 2, 1, 0], device=device).view(2, 1, 2, 2))
+    far = 2**30 + 8
+    c = torch.empty(2 * far + 4, dtype=torch.float16, device=device).as_strided((3, 1, 2, 2), (far, 4, 2, 1))
+    offsets = torch.empty(2 * far + 4, dtype=torch.uint8, device=device).as_strided((3, 1, 2, 2), (far, 4, 2, 1))
+    c.copy_(torch.arange(12, device=device).view(3, 1, 2, 2))
+    offsets.copy_(torch.arange(12, device=device).remainder(4).view(3, 1, 2, 2))
     arguments = ([4, 4], [2, 2], [2, 2], [0, 0], [1, 1])
     found = MAXPOOL_BWD.launch(c, offsets, *arguments)
     assert torch.equal(found.cpu().double(), maxpool_bwd(c.cpu().double(), offsets.cpu(), *arguments))

@@ -79,9 +79,9 @@ def test_what_is_dropped_is_zero_even_of_nan(device: torch.device) -> None:
 
 def test_samples_may_lie_beyond_the_32_bits_of_an_index(device: torch.device) -> None:
     """Pages that nobody touches take no memory."""
-    far = 2**31 + 8
-    edge = torch.empty(far + 3, dtype=torch.float16, device=device).as_strided((2, 3), (far, 1))
-    edge.copy_(torch.arange(6, device=device).view(2, 3))
-    expected = [[0, 0, 2], [0, 0, 5]]
+    far = 2**30 + 8
+    edge = torch.empty(2 * far + 3, dtype=torch.float16, device=device).as_strided((3, 3), (far, 1))
+    edge.copy_(torch.arange(9, device=device).view(3, 3))
+    expected = [[0, 0, 2], [0, 0, 5], [0, 0, 8]]
     assert TOPK_FILTER.launch(edge, edge, 0.3).tolist() == expected
     assert _split(edge, edge, 0.3, config(num_warps=1, BLOCK=16, PROGRAMS=2)).tolist() == expected
