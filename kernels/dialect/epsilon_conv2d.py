@@ -111,7 +111,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
 
 
 def _refused(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    case = CASES[2]
+    case = CASES[3]
     c, z, weight, x = _arguments(case, dtype, device)
     rest = (*case.lists, 0.25)
     size = list(x.shape)

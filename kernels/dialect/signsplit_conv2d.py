@@ -208,15 +208,15 @@ def _samples_fwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     x, weight, c, bias = CASES[1].draw(dtype, device)
     z = product(x, weight, *CASES[1].lists) + bias.float().view(-1, 1, 1)
     yield Sample("gamma with its output", (c, x, weight, bias, z, *CASES[1].lists, *_rule("gamma")))
-    x, weight, c, bias = CASES[2].draw(dtype, device)
-    one_sign = (c, x.abs(), -weight.abs(), None, None, *CASES[2].lists, *_rule("alpha_beta"))
+    x, weight, c, bias = CASES[3].draw(dtype, device)
+    one_sign = (c, x.abs(), -weight.abs(), None, None, *CASES[3].lists, *_rule("alpha_beta"))
     yield Sample("alpha_beta no bias, one sign", one_sign)
 
 
 def _samples_bwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     for index, case in enumerate(CASES):
         x, weight, c, bias = case.draw(dtype, device)
-        x = torch.where(x.abs() < 0.1, 0, x)
+        x = torch.where(x.abs() < 0.6, 0, x)
         for method in _methods_of(case, index):
             shares = signsplit_conv2d_fwd(c, x, weight, bias, None, *case.lists, *_rule(method))
             rest = (x, weight, *case.lists, method, *PARAMETERS[method])
@@ -230,7 +230,7 @@ def _samples_bwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
 
 
 def _refused_fwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    case = CASES[2]
+    case = CASES[3]
     x, weight, c, bias = case.draw(dtype, device)
     rest = (*case.lists, *_rule("gamma"))
     yield Sample("float64", (c.double(), x.double(), weight.double(), bias.double(), None, *rest))
@@ -248,7 +248,7 @@ def _refused_fwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
 
 
 def _refused_bwd(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    case = CASES[2]
+    case = CASES[3]
     x, weight, c, bias = case.draw(dtype, device)
     ratio, aside = signsplit_conv2d_fwd(c, x, weight, bias, None, *case.lists, *_rule("gamma"))
     rest = (*case.lists, "gamma", 0.25, 0.0, False)

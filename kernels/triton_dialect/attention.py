@@ -185,7 +185,7 @@ def plan_attention_lrp_bwd(
 ) -> tuple[Triple, list[Launch]]:
     """The results and the launches that fill them: statistics of rows, then keys and values, then queries."""
     made = empty_results(query, key, value, (query_share, key_share, value_share))
-    chosen = config or default(query.device)
+    chosen = config or default(query, value)
     of_queries = fitted(chosen, query, value, query.shape[2], key.shape[2], softcap)
     of_keys = fitted(chosen, query, value, key.shape[2], query.shape[2], softcap)
     given = shared_arguments(query, key, value, bias, sink, scale, softcap) | operand("c", c)

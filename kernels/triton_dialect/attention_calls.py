@@ -19,16 +19,29 @@ CONFIGS = (
     config(BLOCK_OWN=128, BLOCK_OTHER=64, num_warps=8, num_stages=3),
     config(BLOCK_OWN=64, BLOCK_OTHER=64, num_warps=8, num_stages=2),
     config(BLOCK_OWN=64, BLOCK_OTHER=32, num_warps=4, num_stages=2),
+    config(BLOCK_OWN=32, BLOCK_OTHER=32, num_warps=8, num_stages=2),
 )
 """OWN is the tile that a program holds, OTHER the one that it walks over; narrowed by ``fitted``."""
 
+HOPPER, AMPERE = 200, 160
+"""KiB of shared memory that a program may have at least: on data centres' GPUs since Hopper, and on A100."""
 
-def default(device: torch.device) -> Config:
-    """The first configuration, or the smallest where a program cannot have the shared memory that it takes."""
-    if device.type != "cuda":
+
+def default(query: Tensor, value: Tensor) -> Config:
+    """The first configuration, or the largest whose shared memory and registers the GPU has."""
+    if query.device.type != "cuda":
         return CONFIGS[0]
-    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return CONFIGS[0] if shared >= 163 * 1024 else CONFIGS[-1]
+    kibibytes = getattr(torch.cuda.get_device_properties(query.device), "shared_memory_per_block_optin", 0) // 1024
+    if kibibytes >= HOPPER:
+        return CONFIGS[0]
+    if kibibytes >= AMPERE:
+        return CONFIGS[1]
+    return CONFIGS[2] if widest_tile(query, value) <= 128 else CONFIGS[3]
+
+
+def widest_tile(query: Tensor, value: Tensor) -> int:
+    """The larger of the widths of tiles of queries and of values."""
+    return max(padded(query.shape[3]), padded(value.shape[3]))
 
 
 def fitted(chosen: Config, query: Tensor, value: Tensor, own: int, other: int, softcap: float) -> Config:
@@ -36,7 +49,7 @@ def fitted(chosen: Config, query: Tensor, value: Tensor, own: int, other: int, s
 
     Sequences shorter than a few tiles are cut into smaller ones, so that there is more than one program.
     """
-    widest = max(padded(query.shape[3]), padded(value.shape[3]))
+    widest = widest_tile(query, value)
     tiles = {"BLOCK_OWN": chosen["BLOCK_OWN"], "BLOCK_OTHER": chosen["BLOCK_OTHER"]}
     warps, stages = chosen.num_warps, chosen.num_stages
     if query.dtype == torch.float32:
@@ -44,7 +57,7 @@ def fitted(chosen: Config, query: Tensor, value: Tensor, own: int, other: int, s
         own_most, other_most = (32, 32) if widest <= 64 else (32, 16) if widest <= 128 else (16, 16)
         tiles, warps, stages = {"BLOCK_OWN": own_most, "BLOCK_OTHER": other_most}, 8, 2
     elif widest > 128:
-        tiles, warps, stages = {"BLOCK_OWN": 64, "BLOCK_OTHER": 32}, 8, 2
+        tiles, warps, stages = {"BLOCK_OWN": min(tiles["BLOCK_OWN"], 64), "BLOCK_OTHER": 32}, 8, 2
     elif widest > 64 and softcap:
         tiles["BLOCK_OTHER"] = 32
     tiles = {name: min(size, _share(rows)) for (name, size), rows in zip(tiles.items(), (own, other), strict=True)}

@@ -106,9 +106,9 @@ def tap_of_phase(residue, padding, taps, stride, dilation):
     The first is ``taps`` where none does.
     """
     first = taps
-    for back in range(taps):
-        tap = taps - 1 - back
-        first = tl.where((residue + padding - tap * dilation) % stride == 0, tap, first)
+    for tap in range(taps):
+        # A least value: LLVM 22 and before cannot compile a last one, which it makes of a plain choice, for AMD's GPUs.
+        first = tl.minimum(first, tl.where((residue + padding - tap * dilation) % stride == 0, tap, taps))
     return first, (residue + padding - first * dilation) // stride
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +54,18 @@ def test_every_configuration_agrees_with_eager(
     results = [_run(spec, arguments, config), spec.reference(*arguments), spec.reference(*upcast(arguments))]
     for found, eager, exact in zip(*map(pytree.tree_leaves, results), strict=True):
         assert_as_accurate(found.cpu(), eager.cpu(), exact.cpu(), 2.0)
+
+
+@pytest.mark.parametrize(("kibibytes", "width", "place"), [(227, 256, 0), (163, 128, 1), (99, 64, 2), (64, 256, 3)])
+def test_the_default_configuration_fits_the_gpu(
+    kibibytes: int, width: int, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs on smaller GPUs have less shared memory."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=kibibytes * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    operand: Any = SimpleNamespace(device=torch.device("cuda"), shape=(1, 1, 1, width))
+    module = importlib.import_module("lrp_compiler.kernels.triton_dialect.attention_calls")
+    assert module.default(operand, operand) is ATTENTION_LRP_BWD.configs[place]
 
 
 @pytest.mark.parametrize("width", [40, 80, 96, 160, 256])
