@@ -81,13 +81,16 @@ def fits(
     return pixels <= MOST_PIXELS or Refusal(f"{pixels} pixels are more than 32 bits count")
 
 
-def _away_from_zero(*size: int, device: torch.device) -> Tensor:
-    """Numbers of either sign and sizes from 0.5 to 1.5.
+def _paired(*size: int, device: torch.device, alternates: bool) -> Tensor:
+    """Numbers of sizes from 0.5 to 1.5, pairs of channels (dimension 1) of one sign, or of both where it alternates.
 
-    A part of one sign that is nearly but not quite nothing is all rounding error, in eager torch as in a kernel; in
-    samples of few terms, that of one such output would outweigh what all others lose.
+    Products of either kind then have terms of both signs in every window. A part that is nearly but not quite nothing
+    is all rounding error, in eager torch as in a kernel, and in few terms one such output would outweigh all others.
     """
-    return (torch.rand(size, device=device) + 0.5) * (torch.randint(2, size, device=device) * 2 - 1)
+    pairs = torch.randint(2, (size[0], (size[1] + 1) // 2, *size[2:]), device=device) * 2 - 1
+    second = pairs.new_tensor([1, -1 if alternates else 1]).view(1, 1, 2, *[1] * (len(size) - 2))
+    signs = (pairs.unsqueeze(2) * second).flatten(1, 2)[:, : size[1]]
+    return (torch.rand(size, device=device) + 0.5) * signs
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,9 @@ class Case:
 
     def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x, weight, c, bias) of random numbers, the bias with a stride where ``layout`` is strided."""
-        x = self._laid(_away_from_zero(self.batch, self.channels, *self.size, device=device).to(dtype))
-        weight = self._laid(
-            torch.randn(self.outputs, self.channels // self.groups, *self.window, device=device).to(dtype)
-        )
+        x = self._laid(_paired(self.batch, self.channels, *self.size, device=device, alternates=False).to(dtype))
+        kernel = (self.outputs, self.channels // self.groups, *self.window)
+        weight = self._laid(_paired(*kernel, device=device, alternates=True).to(dtype))
         outputs = output_size(x.shape, weight, *self.lists[:3])
         c = self._laid(torch.randn(outputs, device=device).to(dtype))
         every = 2 if self.layout == "strided" else 1

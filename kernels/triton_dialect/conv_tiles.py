@@ -107,7 +107,7 @@ def tap_of_phase(residue, padding, taps, stride, dilation):
     """
     first = taps
     for tap in range(taps):
-        # A least value: LLVM 22 and before cannot compile a last one, which it makes of a plain choice, for AMD's GPUs.
+        # A minimum: of a plain choice LLVM makes a search for the last match, at which its AMD backend stops.
         first = tl.minimum(first, tl.where((residue + padding - tap * dilation) % stride == 0, tap, taps))
     return first, (residue + padding - first * dilation) // stride
 
