@@ -23,7 +23,7 @@ torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
 
 def pytest_configure(config: pytest.Config) -> None:
     """CI draws the same examples every time, elsewhere every run searches anew: longer where slow tests run too."""
-    examples = 15 if "not slow" in config.option.markexpr else 60
+    examples = 10 if "not slow" in config.option.markexpr else 60
     settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=examples)
     settings.load_profile("here")
 
