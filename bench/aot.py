@@ -35,18 +35,22 @@ def names(build: Build) -> tuple[str, ...]:
 def document(made: list[Build]) -> str:
     """The table, a line per kernel and configuration and a column per chip, under a head that says what it shows."""
     chips = list(dict.fromkeys(build.chip for build in made))
-    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    rows: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for build in made:
-        rows.setdefault(names(build), {})[build.chip] = figures(build)
+        # One call may launch a kernel several times, each compiled for what it is given.
+        rows.setdefault(names(build), {}).setdefault(build.chip, []).append(figures(build))
     spilling = {chip: sum(build.spilled > 0 for build in made if build.chip == chip) for chip in chips}
     spilled = ", ".join(f"{count} on {chip}" for chip, count in spilling.items())
-    lines = ([*what, *(found.get(chip, "") for chip in chips)] for what, found in rows.items())
+    lines = ([*what, *("; ".join(found.get(chip, [])) for chip in chips)] for what, found in rows.items())
     return f"""# Kernels compiled ahead of time
 
-`python bench/aot.py`, triton {triton.__version__}: {len(made)} compilations of {len(rows)} kernels in their
-configurations. Of these, values are kept in local memory by {spilled}. Per chip: {FIGURES}; registers and bytes spilled
-are per thread, shared memory is per program, and the occupancy is the share of a multiprocessor's warps that registers,
-shared memory and places for programs admit. Nothing here was run on a GPU.
+`python bench/aot.py`, triton {triton.__version__}: {len(made)} compilations, a line per kernel, workload and configuration.
+Values are kept in local memory by {spilled} of them.
+
+Per chip: {FIGURES}; one group of figures for every
+way in which a call launches the kernel. Registers and bytes spilled are per thread, shared memory is per program, and
+the occupancy is the share of a multiprocessor's warps that registers, shared memory and places for programs admit: 0 %
+where not even one program fits. Nothing here was run on a GPU.
 
 {markdown(["kernel", "workload", "dtype", "configuration", *chips], lines)}
 """
