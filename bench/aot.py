@@ -44,7 +44,7 @@ def document(made: list[Build]) -> str:
     lines = ([*what, *("; ".join(found.get(chip, [])) for chip in chips)] for what, found in rows.items())
     return f"""# Kernels compiled ahead of time
 
-`python bench/aot.py`, triton {triton.__version__}: {len(made)} compilations, a line per kernel, workload and configuration.
+`python bench/aot.py`, triton {triton.__version__}: {len(made)} compilations, a line per kernel and configuration.
 Values are kept in local memory by {spilled} of them.
 
 Per chip: {FIGURES}; one group of figures for every
