@@ -23,7 +23,8 @@ def compile_for_lrp(model: nn.Module, composite: str | Composite | Any = "auto",
     contains; a zennit Composite is translated for this model. A compiled module may stand for its model: the two then
     share what was traced, so that comparing composites traces each call once. Options: ``output`` (name of the output
     to explain), ``rules`` ({op: rule function or Rule}), ``verify`` ("off" or "ledger"), ``reference`` (run the slow
-    relevance-space interpreter), ``dynamic`` (False to trace every distinct shape for itself).
+    relevance-space interpreter), ``dynamic`` (False to trace every distinct shape for itself), ``backend`` ("auto",
+    "eager" or "triton": where relevance runs kernels).
 
     Nothing is traced before the first call. Raises NotAModelError, UnknownCompositeError,
     CompositeError, UnknownOptionError, OptionValueError.
