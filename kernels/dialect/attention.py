@@ -16,9 +16,6 @@ from lrp_compiler.kernels.spec import FLOATS, KernelSpec, Refusal, Supported, al
 LARGEST_HEAD = 256
 """Elements of a head, of a query or a value, that one program holds."""
 
-LEAST_SCORE = -1e30
-"""A row with no score above this attends to nothing: masks are also written as the least number of a dtype."""
-
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
@@ -46,8 +43,8 @@ def attention_lrp_bwd(
     are computed anew where they are None. ``bias`` broadcasts to (B, H, L, S): added to the scores, or, where it is
     boolean, True for what is attended to. ``sink`` (H,) is the logit of one more column, without a value. ``window``
     0 or the keys that a query sees: those j > i - window, and j <= i where ``is_causal``. ``softcap`` 0 or the c of
-    cap(x) = c tanh(x / c), through which coefficients go by the identity rule: times cap(x) / x. Rows without a score
-    above -1e30 attend to nothing and carry nothing.
+    cap(x) = c tanh(x / c), through which coefficients go by the identity rule: times cap(x) / x. Rows whose every score
+    is -inf attend to nothing and carry nothing; the least number of a dtype is a number like any other.
 
     Results have the shapes of Q, K and V, their dimensions in the same order of memory, without gaps; one whose share
     is 0 is not computed and has shape (0,). AttnLRP is (1/4, 1/4, 1/2), CP-LRP (0, 0, 1).
@@ -86,7 +83,7 @@ def attention_map(
         masked = masked.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else masked + bias.to(masked.dtype)
     masked = masked.masked_fill(~_visible(masked, is_causal, window), -torch.inf)
     # A row that attends to nothing would have nan for a softmax, and for its derivative too.
-    nothing = (masked <= LEAST_SCORE).all(-1, keepdim=True)
+    nothing = (masked == -torch.inf).all(-1, keepdim=True)
     columns = masked.masked_fill(nothing, 0)
     if sink is not None:
         logit = sink.to(masked.dtype).view(1, -1, 1, 1).expand(*masked.shape[:3], 1)

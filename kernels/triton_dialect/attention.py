@@ -80,7 +80,7 @@ def attention_keys_kernel(
         scores, gate = masked_scores(
             scores, rows[None, :], own[:, None], query_length, key_length, scale,
             bias_here, bias_row, bias_column, window, softcap,
-            HAS_BIAS, BIAS_IS_MASK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, False,
+            HAS_BIAS, BIAS_IS_MASK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_BIAS,
         )  # fmt: skip
         scores -= load_logsumexp(logsumexp_here, rows, logsumexp_row, query_length)[None, :]
         weights = tl.exp(scores)
@@ -215,10 +215,12 @@ def plan_rows(
     query, c = given["query"], given["c"]
     delta = query.new_empty(query.shape[:3], dtype=torch.float32) if with_delta else None
     launches, total = [], None
-    if logsumexp is None or (with_delta and out is None):
+    # Beside the least number of a dtype, as masks are written, the sum of a row is lost in its log-sum-exp.
+    has_addend = bool(given["HAS_BIAS"]) and not given["BIAS_IS_MASK"]
+    if logsumexp is None or has_addend or (with_delta and out is None):
         logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
         # One float32 holds a log-sum-exp to 1e-7 of its size, which all weights of the row would lose.
-        total = torch.empty_like(logsumexp) if query.dtype == torch.float32 else None
+        total = torch.empty_like(logsumexp) if query.dtype == torch.float32 or has_addend else None
         launches.append(rows_launch(given, tiles, delta if out is None else None, logsumexp, total))
     if delta is not None and out is not None:
         launches.append(row_products_launch(c, out, delta, 1.0))

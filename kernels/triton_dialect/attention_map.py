@@ -61,7 +61,7 @@ def attention_map_kernel(
     scores, _ = masked_scores(
         scores, rows[:, None], others[None, :], query_length, key_length, scale,
         bias_here, bias_row, bias_column, window, softcap,
-        HAS_BIAS, BIAS_IS_MASK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, False,
+        HAS_BIAS, BIAS_IS_MASK, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_BIAS,
     )  # fmt: skip
     logsumexp_here = logsumexp + batch * logsumexp_batch + head * logsumexp_head
     scores -= load_logsumexp(logsumexp_here, rows, logsumexp_row, query_length)[:, None]

@@ -133,4 +133,4 @@ def queries_seeing(
 def load_logsumexp(base, rows, stride, length):
     """The log-sum-exp of rows; inf, which makes all their weights zero, past the end and where nothing is attended."""
     found = tl.load(base + rows.to(tl.int64) * stride, mask=rows < length, other=float("inf"))
-    return tl.where(found > -1e30, found, float("inf"))
+    return tl.where(found > -float("inf"), found, float("inf"))

@@ -34,7 +34,7 @@ def _weights_of_head(
             added = bias[i, seen]
         logits = x[seen] + added
         row = torch.zeros_like(x)
-        if len(seen) and float(logits.detach().max()) > -1e30:
+        if len(seen) and float(logits.detach().max()) > -torch.inf:
             columns = logits if logit is None else torch.cat([logits, logit.reshape(1)])
             top = columns.detach().max()
             parts = torch.exp(columns - top)

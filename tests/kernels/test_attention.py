@@ -178,3 +178,18 @@ def test_torchs_ops_for_gpus_take_these_arguments(fused: Any, kept: bool) -> Non
     rows = arguments[4:6] if kept else (None, None)
     found = fused(*arguments[:4], *rows, True, 0.25)
     assert [one.shape for one in found] == [operand.shape for operand in arguments[1:4]]
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["nothing kept", "output and log-sum-exp kept"])
+def test_rows_masked_by_the_least_number_attend_evenly(kept: bool, device: torch.device) -> None:
+    """As the forward pass does: beside -3e38 a log-sum-exp has lost the sum of its row, so it is not relied on."""
+    query, key, value, c = (torch.randn(2, 2, 5, 4, device=device) for _ in range(4))
+    mask = torch.zeros(2, 1, 5, 5, device=device)
+    mask[1, :, 3:] = mask[..., 4] = torch.finfo(torch.float32).min
+    wide = [one.double().requires_grad_() for one in (query, key, value)]
+    logits = wide[0] @ wide[1].mT * 0.5 + mask.double()
+    output = logits.softmax(-1) @ wide[2]
+    saved = (output.float().detach(), logits.logsumexp(-1).float().detach()) if kept else (None, None)
+    found = ATTENTION_LRP_BWD.launch(c, query, key, value, *saved, mask, None, False, 0.5, 0, 0.0, 1.0, 1.0, 1.0)
+    for one, exact in zip(found, torch.autograd.grad(output, wide, c.double()), strict=True):
+        torch.testing.assert_close(one.double(), exact, rtol=1e-5, atol=1e-5)
