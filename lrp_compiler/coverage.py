@@ -17,7 +17,7 @@ from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.operation import Operation
 from lrp_compiler.passes.optable import classify, op_name
 from lrp_compiler.passes.pipeline import Stage
-from lrp_compiler.passes.program import Program, facts, first_argument, forward_nodes, module_path
+from lrp_compiler.passes.program import Program, facts, first_argument, forward_nodes, model_op, module_path
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.source_lines import user_source
 
@@ -271,7 +271,7 @@ def _demands(program: Program) -> dict[str, tuple[PromiseRow, ...]]:
     for node in program.graph.nodes:
         if node.target in PROMISES:
             for user in node.users:
-                found.setdefault(facts(user).origin, {})[first_argument(node)] = None
+                found.setdefault(facts(user).origin, {})[nodes[model_op(first_argument(node))]] = None
     operations = {name: Operation(nodes[name], nodes) for name in found}
     return {
         name: tuple(PromiseRow(_role(operations[name], value), value.name) for value in values)

@@ -22,12 +22,13 @@ from lrp_compiler.passes.errors import ArgumentError, BaselineError, HookError, 
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import InputKind, Request, graph_inputs
 from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.questions import one_row
 from lrp_compiler.random_numbers import DRAWING
 from lrp_compiler.recording import write_back
 from lrp_compiler.report import Report, make_report, measured_conservation
-from lrp_compiler.seeds import Predicted, Target
+from lrp_compiler.seeds import Predicted, Target, reads_output
 from lrp_compiler.sites import name_list, readings_of, resolve_sites
-from lrp_compiler.tape import Names, Tape
+from lrp_compiler.tape import Asked, Names, Tape
 from lrp_compiler.weightless import require_values, without_values
 
 
@@ -151,6 +152,7 @@ class LRPModule(nn.Module):
         at: Names = None,
         wrt: str | list[str] | tuple[str, ...] | None = None,
         baselines: Baselines = None,
+        outputs: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, Tape]:
         """One forward pass of ``model(*args, **kwargs)``, kept: ``(output, tape)``.
@@ -158,29 +160,54 @@ class LRPModule(nn.Module):
         ``at`` names the sites that will be asked for (others work too, at the price of a second forward pass);
         ``wrt`` names the attributed inputs, None meaning every float input and every token input.
 
+        Without ``outputs`` the first is None, and the pass runs with the first question, for the rows alone that this
+        one needs: cheaper where a target is one token or class. A second question runs all of it.
+
         ``baselines`` are the inputs of the reference run that ``deep_lift`` explains the difference from: a number or
         a tensor that broadcasts to the attributed input, or a dict of those by input name; None is zeros. Token ids
         need ids. Inputs that are neither attributed nor named keep their value. The reference run repeats this run's
         random numbers and updates no buffers. Raises BaselineError, and NoValuesError for meta and fake tensors.
         """
-        return self._recorded(args, dict(sorted(kwargs.items())), at, wrt, baselines)
+        kwargs = dict(sorted(kwargs.items()))
+        tape = self._opened(args, kwargs, at, wrt, baselines, keeps_outputs=outputs)
+        return (tape.record() if outputs else None), tape
 
-    def _recorded(
+    def _opened(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         at: Names,
         wrt: Names,
         baselines: Baselines,
+        *,
+        keeps_outputs: bool = True,
         once: bool = False,
-    ) -> tuple[Any, Tape]:
-        """Output and tape of one call; a tape for ``once`` gives values up while it answers its one question."""
-        explained, request = self._prepared(args, kwargs, at, wrt, named_inputs(baselines))
+    ) -> Tape:
+        """The tape of one call before its forward pass; one for ``once`` gives values up while it answers."""
+
+        def usual(explained: ExplainedCall) -> Request:
+            request = default_request(explained, at, self._options)
+            return request if keeps_outputs else one_row(explained.program, request)
+
+        explained, _ = self._prepared(args, kwargs, wrt, named_inputs(baselines), usual)
+        return self._tape(explained, args, kwargs, at, baselines, once)
+
+    def _tape(
+        self,
+        explained: ExplainedCall,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        at: Names,
+        baselines: Baselines,
+        once: bool,
+    ) -> Tape:
         inputs = graph_inputs(explained.program, self._model, args, kwargs)
         require_values(explained.program, inputs)
         reference = reference_inputs(explained.program, inputs, baselines)
+        request = default_request(explained, at, self._options)
         tape = Tape(self._model, self._compiler, explained, request, once)
-        return tape.record(inputs, reference), tape
+        tape.open(inputs, reference)
+        return tape
 
     def attribute(
         self,
@@ -213,10 +240,13 @@ class LRPModule(nn.Module):
             names = self._user_names(args, kwargs)[: len(pytree.tree_leaves(given))]
             references = _by_name(baselines, names)
             once = not (return_convergence_delta or create_graph or self._options.verify != "off")
-            tape = self._recorded(args, kwargs, None, names, references, once)[1]
-            found = tape.relevance(
-                target, at=names, output=output, per_dimension=per_dimension, create_graph=create_graph
-            )
+            how: dict[str, Any] = {"output": output, "per_dimension": per_dimension, "create_graph": create_graph}
+            if once and not reads_output(target):
+                found = self._attributed(args, kwargs, names, references, target, how)
+            else:
+                tape = self._opened(args, kwargs, None, names, references, once=once)
+                tape.record()
+                found = tape.relevance(target, at=names, **how)
             attributions = tuple(found[name] for name in names)
             result = attributions[0] if single else attributions
             if not return_convergence_delta:
@@ -224,16 +254,40 @@ class LRPModule(nn.Module):
             seeded = tape.seeded_output(target, output, create_graph=create_graph)
             return result, seeded - sum(a.flatten(1).sum(1) for a in attributions)
 
+    def _attributed(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        names: list[str],
+        references: Baselines,
+        target: Target,
+        how: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        """The relevance of inputs for a target that does not look at outputs, which then need not be made."""
+        asked: list[tuple[Tape, Asked]] = []
+
+        def ask(explained: ExplainedCall) -> Request:
+            tape = self._tape(explained, args, kwargs, None, references, once=True)
+            asked.append((tape, tape.asked(target, names, tape.readout, **how)))
+            return asked[-1][1].question.request
+
+        self._prepared(args, kwargs, names, named_inputs(references), ask)
+        tape, question = asked[-1]
+        found: dict[str, Tensor] = tape.answered(question)
+        return found
+
     def report(self, *args: Any, wrt: Names = None, target: Target = None, **kwargs: Any) -> Report:
         """What the compiler made of this kind of call: coverage, rules, promises, buffers, timings, sites.
 
+        Buffers and memory are those of ``attribute`` for one class or token, where only what that needs is computed.
         How far relevance is conserved is measured for ``target``, and for a composite that does not claim to conserve
         also without one, at each sample's largest output. A model on the meta device or of fake tensors is compiled
         as any other, so that a full-size network needs no memory; nothing is measured of it.
         """
         kwargs = dict(sorted(kwargs.items()))
-        explained, request = self._prepared(args, kwargs, None, wrt, ())
+        explained, request = self._usual(args, kwargs, wrt)
         stages, executable = self._compiler.emitted(explained, request)
+        attribution = self._compiler.emitted(explained, one_row(explained.program, request))[1]
         assert explained.program.composite is not None
         conservation = None
         inputs = graph_inputs(explained.program, self._model, args, kwargs)
@@ -242,7 +296,8 @@ class LRPModule(nn.Module):
             with torch.no_grad():
                 _, tape = self.run(*args, wrt=wrt, **kwargs)
             conservation = measured_conservation(tape.ledger(Predicted() if target is None else target))
-        return make_report(type(self._model).__name__, stages, executable, explained, conservation, self.compilations)
+        name = type(self._model).__name__
+        return make_report(name, stages, executable, attribution, explained, conservation, self.compilations)
 
     def coverage(self, *args: Any, wrt: Names = None, **kwargs: Any) -> Coverage:
         """What becomes of every op of this kind of call, also of one that cannot be explained.
@@ -269,18 +324,23 @@ class LRPModule(nn.Module):
 
     def stages(self, *args: Any, wrt: Names = None, **kwargs: Any) -> tuple[Stage, ...]:
         """Every pass's output for this kind of call; ``str(stage)`` is a Python program."""
-        return self._compiler.emitted(*self._prepared(args, dict(sorted(kwargs.items())), None, wrt, ()))[0]
+        return self._compiler.emitted(*self._usual(args, dict(sorted(kwargs.items())), wrt))[0]
 
     def _prepared(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], at: Names, wrt: Names, varied: tuple[str, ...]
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        wrt: Names,
+        varied: tuple[str, ...],
+        ask: Callable[[ExplainedCall], Request],
     ) -> tuple[ExplainedCall, Request]:
-        """The compiled form of a call and what its forward pass prepares for, with code that holds for its sizes."""
+        """The compiled form of a call and the request that ``ask`` makes of it, with code that holds for its sizes."""
         attributed = _as_names(wrt)
         while True:
             call = self._compiler.call(self._model, args, kwargs)
             try:
                 explained = self._compiler.explain(call, attributed, varied)
-                request = default_request(explained, at, self._options)
+                request = ask(explained)
                 self._compiler.emitted(explained, request)
             except Exception as error:
                 if not call.is_symbolic:
@@ -291,6 +351,10 @@ class LRPModule(nn.Module):
             # Generating code may have asked more of the sizes; the call is then captured for its own.
             if call.admits(self._model, args, kwargs):
                 return explained, request
+
+    def _usual(self, args: tuple[Any, ...], kwargs: dict[str, Any], wrt: Names) -> tuple[ExplainedCall, Request]:
+        """The compiled form of a call and what ``run`` prepares for."""
+        return self._prepared(args, kwargs, wrt, (), lambda explained: default_request(explained, None, self._options))
 
     def explained_call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], wrt: Names = None, varied: tuple[str, ...] = ()

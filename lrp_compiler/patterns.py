@@ -73,7 +73,8 @@ def _observe(explained: LRPModule, given: Any, estimator: Estimator, statistics:
     layers = _layers(call.program)
     needed = tuple(dict.fromkeys(node.name for op in layers for node in _read_by(op)))
     tape = Tape(explained.original, explained.compiler, call, Request((), tuple((n, "activation") for n in needed)))
-    tape.record(graph_inputs(call.program, explained.original, args, kwargs), {})
+    tape.open(graph_inputs(call.program, explained.original, args, kwargs), {})
+    tape.record()
     values = tape.values(needed)
     for op in layers:
         kind: Estimator = estimator if _feeds_relu(op) else "linear"

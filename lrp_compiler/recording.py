@@ -19,13 +19,29 @@ from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import NoHistoryError, ReferenceModeError, SizesError, StaleTapeError
 from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result, is_float
 from lrp_compiler.passes.reference import reference_relevance
-from lrp_compiler.passes.sizes import Sizes
+from lrp_compiler.passes.sizes import Sizes, value_of_sizes
 from lrp_compiler.random_numbers import RandomNumbers, devices_of, draws_repeated
 
 _MAPPING = threading.Lock()
 """Filters of warnings belong to the process; two threads that change them at once would not put them back."""
 
 Results = list[tuple[Result, Tensor]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What relevance code is asked for, and on what: seeds by output or site, masks by node, rows by graph input.
+
+    ``is_mapped`` says that seeds and rows have one more dimension in front, an entry for each of several targets.
+    """
+
+    request: Request
+    seeds: dict[Any, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    is_mapped: bool = False
+
+
 Sites = tuple[tuple[str, Reading], ...]
 
 
@@ -61,6 +77,7 @@ class Recording:
         self._request = request
         self._once = once
         self._inputs: dict[str, Any] = {}
+        self._waiting: list[Any] | None = None
         self._saved = _Values()
         self._reference_inputs: dict[str, Tensor] = {}
         self._references = _Values()
@@ -70,29 +87,52 @@ class Recording:
         self._has_history = False
         self._random: RandomNumbers | None = None
         self.sizes = Sizes()
+        self.has_outputs = False
 
     @property
     def program(self) -> Program:
         """The compiled program of the call."""
         return self._call.program
 
-    def record(self, inputs: list[Any], reference: dict[str, Tensor]) -> list[Any]:
-        """Run the forward pass on the graph's inputs; returns the output leaves that are tensors.
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the forward pass has yet to run."""
+        return self._waiting is not None
+
+    def open(self, inputs: list[Any], reference: dict[str, Tensor]) -> None:
+        """Take the graph's inputs; the forward pass runs when something is first asked.
 
         ``reference`` holds the inputs that differ in the reference run, by node name.
         """
         self._reference_inputs = reference
-        executable = self._compiler.emitted(self._call, self._request)[1]
         self._has_history = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.sizes = self._bound(inputs)
+        self._waiting = inputs
         self._inputs = _protected(self.program, inputs)
-        self._random = RandomNumbers(devices_of(inputs)) if self._call.is_random else None
-        with self._random.drawn() if self._random is not None else nullcontext():
-            self._leaves, mutated, saved = _run_forward(executable, inputs, self.sizes)
-        self._saved.add(saved, has_history=self._has_history)
-        write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
         self._versions = {name: _version(value) for name, value in self._inputs.items()}
+
+    def record(self) -> list[Tensor]:
+        """Run the whole forward pass; returns the output leaves that are tensors."""
+        self.check_fresh()
+        self._saved = _Values()
+        self._leaves = self._run_first(self._compiler.emitted(self._call, self._request)[1], {})
+        self.has_outputs = True
         return self._leaves
+
+    def _run_first(self, executable: Executable, rows: dict[str, Tensor]) -> list[Tensor]:
+        """Run the forward pass and take over what it leaves; the first time, write back what it changes in place."""
+        is_first, inputs = self._waiting is not None, self._waiting or list(self._inputs.values())
+        if is_first:
+            self._random = RandomNumbers(devices_of(inputs)) if self._call.is_random else None
+        drawing = self._random_numbers() if not is_first or self._random is None else self._random.drawn()
+        with torch.set_grad_enabled(self._has_history), drawing:
+            leaves, mutated, saved = _run_forward(executable, [*inputs, *rows.values()], self.sizes)
+        self._saved.add(saved, has_history=self._has_history)
+        if is_first:
+            self._waiting = None
+            write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
+            self._versions = {name: _version(value) for name, value in self._inputs.items()}
+        return leaves
 
     def _bound(self, inputs: list[Any]) -> Sizes:
         """The sizes of this call; raises SizesError when code that has been generated does not hold for them."""
@@ -108,8 +148,23 @@ class Recording:
 
     def outputs(self) -> dict[int, Tensor]:
         """The output leaves that are tensors, by leaf index."""
-        indices = [index for index, leaf in enumerate(self.program.outputs) if not isinstance(leaf, Constant)]
-        return dict(zip(indices, self._leaves, strict=True))
+        if not self.has_outputs:
+            self.record()
+        return dict(zip(self._tensor_leaves(), self._leaves, strict=True))
+
+    def shapes(self) -> dict[int, Tensor]:
+        """The output leaves, or what is of their shape, dtype and device while the forward pass has not made them."""
+        if not self.is_waiting:
+            return self.outputs()
+        nodes = self.program.nodes_by_name()
+        fakes = {index: nodes[str(self.program.outputs[index])].meta["val"] for index in self._tensor_leaves()}
+        return {index: self._of_fake(fake) for index, fake in fakes.items() if isinstance(fake, Tensor)}
+
+    def _of_fake(self, fake: Tensor) -> Tensor:
+        return torch.zeros((), dtype=fake.dtype, device=fake.device).expand(value_of_sizes(fake.shape, self.sizes))
+
+    def _tensor_leaves(self) -> list[int]:
+        return [index for index, leaf in enumerate(self.program.outputs) if not isinstance(leaf, Constant)]
 
     def give_up_outputs(self) -> None:
         """Keep the outputs' shapes alone, where the question does not read their values."""
@@ -128,13 +183,25 @@ class Recording:
         # Only floats are explained; of token ids and masks among the outputs there is no difference to take.
         return {index: leaf - other for (index, leaf), other in pairs if is_float(leaf)}
 
-    def answer(self, request: Request, seeds: list[Tensor], masks: list[Tensor] | None = None, **how: bool) -> Results:
-        """Run the relevance code of ``request`` on seeds and masks in its order; ``how`` as in ``run``."""
+    def answer(self, question: Question, **how: bool) -> Results:
+        """Run the relevance code that a question asks for; ``how`` as in ``run``."""
         self.check_fresh()
-        executable = self._compiler.emitted(self._call, request)[1]
+        executable = self._compiler.emitted(self._call, question.request)[1]
         # Code for a new question may ask more of the sizes than the forward pass did.
         self._bound(list(self._inputs.values()))
-        return self.run(executable, seeds, masks or [], **how)
+        if self._waiting is not None and question.request.keeps_outputs:
+            self.record()
+        elif self._waiting is not None:
+            self._run_first(executable, question.rows)
+        return self.run(executable, question, **how)
+
+    def prepared_for(self, request: Request) -> bool:
+        """Whether what the forward pass was made to leave is all that the relevance code of ``request`` reads.
+
+        What other questions have added since does not count: the same question gets the same code.
+        """
+        left, read = (self._compiler.emitted(self._call, one)[1].saved for one in (self._request, request))
+        return set(read) <= set(left)
 
     def make_differentiable(self, request: Request) -> None:
         """Make the code of differentiable answers ahead: it cannot be made inside a transform of torch.func."""
@@ -143,22 +210,19 @@ class Recording:
     def run(
         self,
         executable: Executable,
-        seeds: list[Tensor],
-        masks: list[Tensor],
+        question: Question,
         *,
-        mapped: bool = False,
         differentiable: bool = False,
         create_graph: bool = False,
     ) -> Results:
-        """Run a relevance graph; ``mapped`` seeds have one more dimension, ``differentiable`` ones record gradients.
+        """Run a relevance graph; ``differentiable`` seeds record gradients.
 
         With ``create_graph`` the results also have the derivatives that forward values, inputs and parameters give
         them; raises NoHistoryError.
         """
-        self._complete(executable, create_graph)
-        values = [self._inputs[name] for name in executable.free] + [
-            self._saved.known[name] for name in executable.saved
-        ]
+        self._complete(executable, create_graph, question.rows)
+        inputs = {**self._inputs, **question.rows}
+        values = [inputs[name] for name in executable.free] + [self._saved.known[name] for name in executable.saved]
         values += [self._references.known[name] for name in executable.reference]
         if differentiable and not create_graph:
             values = [value.detach() if isinstance(value, Tensor) else value for value in values]
@@ -166,19 +230,20 @@ class Recording:
         with torch.set_grad_enabled(recorded), without_autocast(), draws_repeated():
             code = executable.differentiable if recorded else executable.relevance
             assert code is not None
-            if mapped:
-                results = _mapped(partial(code, self.sizes), values, seeds, masks)
+            if question.is_mapped:
+                mapped_rows = [name in question.rows for name in (*executable.free, *executable.saved)]
+                results = _mapped(partial(code, self.sizes), values, mapped_rows, question)
             else:
-                values += [*seeds, *masks]
+                values += [*question.seeds.values(), *question.masks.values()]
                 if self._once:
-                    self._give_up(seeds)
+                    self._give_up(question)
                 results = code.consume(self.sizes, values) if code.takes_list else code(self.sizes, *values)
         return list(zip(executable.program.results, results, strict=True))
 
-    def _give_up(self, seeds: list[Tensor]) -> None:
+    def _give_up(self, question: Question) -> None:
         """Let go of what the forward pass left, so that memory is free again behind the last reader of each value."""
         self._saved, self._references, self._leaves, self._reference_leaves = _Values(), _Values(), [], []
-        seeds.clear()
+        question.seeds.clear()
 
     def interpreted(self, seeds: dict[int, Tensor], sites: Sites) -> Results:
         """Relevance at sites by the reference interpreter; raises ReferenceModeError for any other reading."""
@@ -190,7 +255,7 @@ class Recording:
             values = reference_relevance(self.program, list(self._inputs.values()), seeds, [n for n, _ in sites])
         return [(Result(kind, name), values[name]) for name, kind in sites]
 
-    def _complete(self, executable: Executable, create_graph: bool) -> None:
+    def _complete(self, executable: Executable, create_graph: bool, rows: dict[str, Tensor]) -> None:
         """Recompute what this question needs and the forward pass did not keep, or kept without its history."""
         if create_graph and not self._has_history:
             raise NoHistoryError(cause="the forward pass ran with gradients disabled")
@@ -201,7 +266,7 @@ class Recording:
         if not self._saved.lack(executable.saved, create_graph):
             return
         with torch.set_grad_enabled(create_graph), self._random_numbers():
-            _, _, saved = _run_forward(executable, list(self._inputs.values()), self.sizes)
+            _, _, saved = _run_forward(executable, [*self._inputs.values(), *rows.values()], self.sizes)
         self._saved.add(saved, has_history=create_graph)
 
     def _run_reference(self, executable: Executable, create_graph: bool = False) -> None:
@@ -231,9 +296,18 @@ def _of_shape(value: Tensor) -> Tensor:
     return value.new_zeros(()).expand(value.shape)
 
 
-def _mapped(code: Callable[..., Any], values: list[Tensor], seeds: list[Tensor], masks: list[Tensor]) -> Any:
-    """The results of a relevance graph for seeds with one more dimension in front, which results have as well."""
-    in_dims = (*(None for _ in values), *(0 for _ in seeds), *(None for _ in masks))
+def _mapped(code: Callable[..., Any], values: list[Tensor], mapped: list[bool], question: Question) -> Any:
+    """The results of a relevance graph for seeds with one more dimension in front, which results have as well.
+
+    So have the ``mapped`` ones among the values.
+    """
+    seeds, masks = question.seeds.values(), question.masks.values()
+    others = [False] * (len(values) - len(mapped))
+    in_dims = (
+        *(0 if is_mapped else None for is_mapped in [*mapped, *others]),
+        *(0 for _ in seeds),
+        *(None for _ in masks),
+    )
     with _MAPPING, warnings.catch_warnings():
         # Ops without a batching rule (CPU flash attention) run once per target; the result is the same.
         warnings.filterwarnings("ignore", message=".*batching rule.*")

@@ -222,11 +222,12 @@ def make_report(
     model: str,
     stages: tuple[Stage, ...],
     executable: Executable,
+    attribution: Executable,
     explained: ExplainedCall,
     conservation: Conservation | None,
     compilations: tuple[Compilation, ...],
 ) -> Report:
-    """Collect the report from the stages of one request."""
+    """Collect the report from the stages of one request, its code, and that of an attribution for one class."""
     program = explained.program
     live = [node for node in forward_nodes_everywhere(program) if facts(node).live and node.op == "call_function"]
     patterns = [pattern.kind for node in live if (pattern := facts(node).pattern) is not None]
@@ -238,7 +239,7 @@ def make_report(
     assert composite is not None
     demanded = [demand for one in with_programs_inside(program) for demand in demands(one)]
     forward_ops = sum(node.op == "call_function" for node in forward_nodes_everywhere(program))
-    assert executable.program.memory is not None
+    assert attribution.program.memory is not None
     read = {(reader, buffer.name) for buffer in executable.program.buffers for reader in buffer.readers}
     return Report(
         model=model,
@@ -253,8 +254,8 @@ def make_report(
         rules=dict(sorted(Counter((op_name(node), str(facts(node).rule)) for node in flowing).items())),
         stopped=dict(Counter(op_name(node) for node in live if facts(node).rule is not None and not facts(node).flows)),
         patterns=dict(Counter([*patterns, *structures])),
-        buffers=executable.program.buffers,
-        memory=executable.program.memory,
+        buffers=attribution.program.buffers,
+        memory=attribution.program.memory,
         demanded=len(demanded),
         still_demanded=sum((demand.op, demand.value) in read for demand in demanded),
         delta=sum(demand.steps for demand in demanded),

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.entries import Entries, SparseSeed, on_rows, rows_of
 from lrp_compiler.passes.errors import TargetError
 
 Index = int | Tensor | Sequence[int]
 """One index for every sample, or one per sample."""
+
+MAKERS = ("entries", "seed")
+"""The methods of a Seed that say what it is."""
 
 Target = Any
 """None, int, tuple, list, Tensor, Seed, or a callable of the model's output."""
@@ -35,7 +39,14 @@ class Seed:
 
     def seed(self, output: Tensor) -> Tensor:
         """The coefficients at ``output``, of its shape, dtype and device; raises TargetError."""
-        raise NotImplementedError
+        entries = self.entries(output)
+        if entries is None:
+            raise NotImplementedError
+        return entries.dense(output.shape)
+
+    def entries(self, output: Tensor) -> Entries | None:
+        """The entries of ``output`` that the seed is at, where they are few: relevance then costs less."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,10 @@ class Contrast(Seed):
     index: Any
     against: Any
 
+    def entries(self, output: Tensor) -> Entries | None:
+        index, against = entries_of(output, self.index), entries_of(output, self.against)
+        return index + -against if index and against else None
+
     def seed(self, output: Tensor) -> Tensor:
         return one_hot(output, self.index) - one_hot(output, self.against)
 
@@ -78,16 +93,13 @@ class Token(Seed):
     position: Index
     index: Index
 
-    def seed(self, output: Tensor) -> Tensor:
+    def entries(self, output: Tensor) -> Entries:
         if output.dim() != 3:
             raise TargetError(
                 target=self, shape=tuple(output.shape), cause="Token needs (batch, positions, vocabulary)"
             )
-        position = _per_sample(self.position, output, 1, self)
-        index = _per_sample(self.index, output, 2, self)
-        seed = torch.zeros_like(output)
-        seed[torch.arange(output.shape[0], device=output.device), position, index] = 1
-        return seed
+        places = (_per_sample(self.position, output, 1, self), _per_sample(self.index, output, 2, self))
+        return Entries.single(places, output)
 
 
 @dataclass(frozen=True)
@@ -118,12 +130,16 @@ class LogProbability(Seed):
 class Predicted(Seed):
     """The largest entry of every sample's output, by magnitude if it is complex."""
 
+    def entries(self, output: Tensor) -> Entries | None:
+        if output.dim() < 2 or output.numel() == 0:
+            return None
+        rows = output.flatten(1)
+        largest = (rows.abs() if rows.is_complex() else rows).argmax(1)
+        return Entries.single(torch.unravel_index(largest, output.shape[1:]), output)
+
     def seed(self, output: Tensor) -> Tensor:
-        if output.dim() == 0 or output.numel() == 0:
-            return torch.ones_like(output)
-        rows = output.reshape(output.shape[0], -1)
-        largest = (rows.abs() if rows.is_complex() else rows).argmax(1, keepdim=True)
-        return torch.zeros_like(rows).scatter(1, largest, 1.0).reshape(output.shape)
+        entries = self.entries(output)
+        return torch.ones_like(output) if entries is None else entries.dense(output.shape)
 
 
 @dataclass(frozen=True)
@@ -132,10 +148,11 @@ class TopK(Seed):
 
     k: int
 
-    def seed(self, output: Tensor) -> Tensor:
+    def entries(self, output: Tensor) -> Entries:
         if output.dim() != 2 or not isinstance(self.k, int) or not 0 < self.k <= output.shape[1]:
             raise TargetError(target=self, shape=tuple(output.shape), cause="TopK needs (batch, at least k classes)")
-        return torch.zeros_like(output).scatter(1, output.topk(self.k, 1).indices, 1.0)
+        largest = output.topk(self.k, 1).indices
+        return Entries((largest,), torch.ones_like(largest, dtype=output.dtype))
 
 
 @dataclass(frozen=True)
@@ -206,12 +223,18 @@ def seed_for(output: Tensor, target: Target) -> Tensor:
 
 
 def one_hot(output: Tensor, target: Target) -> Tensor:
-    """1 at the target's entry of every sample, 0 elsewhere."""
+    """1 at the target's entry of every sample, 0 elsewhere; 1 throughout where a sample has one number."""
+    entries = entries_of(output, target)
+    return torch.ones_like(output) if entries is None else entries.dense(output.shape)
+
+
+def entries_of(output: Tensor, target: Target) -> Entries | None:
+    """The entry of every sample that a class target names; None for no target, of an output of one number a sample."""
     shape = tuple(output.shape)
     if target is None:
         if output.numel() != (shape[0] if shape else 1):
             raise TargetError(target=None, shape=shape, cause="without a target the output must be one number a sample")
-        return torch.ones_like(output)
+        return None
     if output.dim() < 2:
         raise TargetError(target=target, shape=shape, cause="the output has no class dimension; leave target out")
     if isinstance(target, list) and target and isinstance(target[0], tuple):
@@ -228,10 +251,32 @@ def one_hot(output: Tensor, target: Target) -> Tensor:
             shape=shape,
             cause=f"it gives {len(columns)} index(es), the output has {output.dim() - 1} dimension(s) after the batch",
         )
-    seed = torch.zeros_like(output)
-    places = [_per_sample(column, output, dim + 1, target) for dim, column in enumerate(columns)]
-    seed[(torch.arange(shape[0], device=output.device), *places)] = 1
-    return seed
+    return Entries.single([_per_sample(column, output, dim + 1, target) for dim, column in enumerate(columns)], output)
+
+
+def sparse_seeds(output: Tensor, targets: Sequence[Target], share: int) -> list[SparseSeed] | None:
+    """The seeds of targets on some rows of an output, all on as many; None where that leaves nothing out.
+
+    Of what is not a class target or one of its kin the dense seed is looked at, if it is a tensor given for one target.
+    """
+    found: list[Entries] = []
+    for target in targets:
+        if isinstance(target, Tensor) and (target.is_floating_point() or target.is_complex()):
+            seed = None if target.requires_grad or len(targets) > 1 else rows_of(seed_for(output, target), share)
+            return [seed] if seed else None
+        if callable(target) and not isinstance(target, (Seed, Tensor)):
+            return None
+        entries = _own_entries(target, output) if isinstance(target, Seed) else entries_of(output, target)
+        if entries is None:
+            return None
+        found.append(entries)
+    return on_rows(found, output.shape, share)
+
+
+def _own_entries(target: Seed, output: Tensor) -> Entries | None:
+    """The entries of a seed, unless a subclass has changed what the seed is and not said where."""
+    defines = {name: next(at for at, kind in enumerate(type(target).__mro__) if name in vars(kind)) for name in MAKERS}
+    return target.entries(output) if defines["entries"] <= defines["seed"] else None
 
 
 def _per_sample(index: Any, output: Tensor, dim: int, target: Target) -> Tensor:

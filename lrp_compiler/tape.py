@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.attention_sites import attention_sites
-from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild_output
+from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
 from lrp_compiler.kernels.linear import relevance_of, summed_over_dimensions
 from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.linearised import Linearised
@@ -19,15 +20,15 @@ from lrp_compiler.passes.errors import (
     ArgumentError,
     MaskError,
     NotLinearError,
-    OutputError,
     ReferenceModeError,
 )
 from lrp_compiler.passes.insert_relevance import total_of
 from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts, live_value
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.sizes import value_of_sizes
-from lrp_compiler.recording import Recording, Results, Sites
-from lrp_compiler.seeds import Several, Target, reads_output, seeds_for
+from lrp_compiler.questions import Questions
+from lrp_compiler.recording import Question, Recording, Results, Sites
+from lrp_compiler.seeds import Several, Target, reads_output
 from lrp_compiler.sites import SiteRef, is_glob, matching_names, name_list, readings_of, resolve_sites
 
 Names = str | list[str] | tuple[str, ...] | None
@@ -58,19 +59,26 @@ class Tape:
         self._call = call
         self._once = once
         self._recording = Recording(compiler, call, request, once)
+        self._questions = Questions(compiler, call, self._recording)
 
     @property
     def program(self) -> Program:
         """The compiled program behind this tape."""
         return self._call.program
 
-    def record(self, inputs: list[Any], reference: dict[str, Tensor]) -> Any:
-        """Run the forward pass on the graph's inputs; returns the model's output.
+    @property
+    def readout(self) -> EdgeKind:
+        """What the composite's results are: relevance, or coefficients."""
+        composite = self.program.composite
+        return composite.readout if composite is not None else "relevance"
 
-        ``reference`` holds the inputs that differ in the reference run, by node name.
-        """
-        leaves = self._recording.record(inputs, reference)
-        return rebuild_output(self.program, leaves, self._recording.sizes)
+    def open(self, inputs: list[Any], reference: dict[str, Tensor]) -> None:
+        """Take the graph's inputs; ``reference`` holds those that differ in the reference run, by node name."""
+        self._recording.open(inputs, reference)
+
+    def record(self) -> Any:
+        """Run the forward pass; returns the model's output."""
+        return rebuild_output(self.program, self._recording.record(), self._recording.sizes)
 
     def relevance(
         self,
@@ -95,9 +103,8 @@ class Tape:
 
         Raises TargetError, UnknownSiteError, SiteWithoutRelevanceError, OutputError, StaleTapeError.
         """
-        composite = self.program.composite
-        readout: EdgeKind = composite.readout if composite is not None else "relevance"
-        return self._at_sites(target, at, output, readout, per_dimension, create_graph, through)
+        how: dict[str, Any] = {"output": output, "per_dimension": per_dimension, "create_graph": create_graph}
+        return self.answered(self.asked(target, at, self.readout, **how, through=through))
 
     def relevance_of_each(
         self,
@@ -118,9 +125,8 @@ class Tape:
         if not isinstance(targets, (list, tuple, Tensor)) or len(targets) == 0:
             cause = "it is a list with at least one target"
             raise ArgumentError(function=RELEVANCE + "_of_each", name="targets", value=targets, cause=cause)
-        composite = self.program.composite
-        readout: EdgeKind = composite.readout if composite is not None else "relevance"
-        return self._at_sites(Several(tuple(targets)), at, output, readout, per_dimension, create_graph)
+        how: dict[str, Any] = {"output": output, "per_dimension": per_dimension, "create_graph": create_graph}
+        return self.answered(self.asked(Several(tuple(targets)), at, self.readout, **how))
 
     def coefficients(
         self, target: Target = None, at: Names = None, *, output: str | None = None, create_graph: bool = False
@@ -128,7 +134,8 @@ class Tape:
         """The coefficients c (R = a * c) at sites; arguments and result as in ``relevance``, never summed."""
         if self._compiler.options.reference:
             raise ReferenceModeError(cause="a relevance-space pass has no coefficients")
-        return self._at_sites(target, at, output, "coefficient", True, create_graph)
+        how: dict[str, Any] = {"output": output, "per_dimension": True, "create_graph": create_graph}
+        return self.answered(self.asked(target, at, "coefficient", **how))
 
     def coefficients_from(self, starts: dict[str, Tensor], at: Names, *, blocked: tuple[str, ...] = ()) -> Any:
         """The coefficients that seeds at inner sites send to earlier ones, past none of the sites ``blocked``.
@@ -141,7 +148,7 @@ class Tape:
         refs = resolve_sites(self.program, self._names_of(at))
         nodes: Sites = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
         request = Request((), nodes, starts=tuple(seeds), blocked=self._nodes_at(list(blocked)))
-        values = by_site(self._recording.answer(request, list(seeds.values())))
+        values = by_site(self._recording.answer(Question(request, dict(seeds))))
         return self._gathered(_by_label(refs, values), at)
 
     def _check_starts(self, seeds: dict[str, Tensor]) -> None:
@@ -222,18 +229,18 @@ class Tape:
                 composite = getattr(self.program.composite, "name", "")
                 raise NotLinearError(composite=composite, rule=rule, node=node.name)
         refs = resolve_sites(self.program, self._names_of(at))
-        chosen = self._call.chosen_output(output if output is not None else self._compiler.options.output)
+        chosen = self._questions.chosen(output)
         nodes: Sites = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
         request = Request((chosen,), tuple(dict.fromkeys(nodes)))
 
         self._recording.make_differentiable(request)
 
         def pullback(seed: Tensor) -> dict[str, Tensor]:
-            values = by_site(self._recording.answer(request, [seed], differentiable=True))
+            values = by_site(self._recording.answer(Question(request, {chosen: seed}), differentiable=True))
             return _by_label(refs, values)
 
         def seed_of(target: Target) -> Tensor:
-            return self._seeds(target, output)[chosen]
+            return self._questions.seeds(target, output)[chosen]
 
         activations = self.activations([ref.label for ref in refs])
         return Linearised(pullback, self._recording.outputs()[chosen].detach(), activations, seed_of)
@@ -241,7 +248,7 @@ class Tape:
     def values(self, nodes: tuple[str, ...], create_graph: bool = False) -> dict[str, Tensor]:
         """The forward values of graph nodes, parameters among them, by node name."""
         request = Request((), tuple((node, "activation") for node in nodes))
-        return by_site(self._recording.answer(request, [], create_graph=create_graph))
+        return by_site(self._recording.answer(Question(request), create_graph=create_graph))
 
     def sinks(self, target: Target = None, *, output: str | None = None, create_graph: bool = False) -> Sinks:
         """What left the graph on purpose: op -> kind -> relevance tensor (bias, constant, softmax, mask, epsilon)."""
@@ -270,30 +277,40 @@ class Tape:
             relevance_of(seed, leaves[index])
             .reshape(seed.shape[0] if seed.dim() else 1, math.prod(seed.shape[1:]))
             .sum(1)
-            for index, seed in self._seeds(target, output, create_graph).items()
+            for index, seed in self._questions.seeds(target, output, create_graph).items()
         )
 
-    def _at_sites(
+    def asked(
         self,
         target: Target,
         at: Names,
-        output: str | None,
         kind: Reading,
+        *,
+        output: str | None,
         per_dimension: bool,
         create_graph: bool,
         through: Masks | None = None,
-    ) -> Any:
+    ) -> Asked:
+        """What ``relevance`` or ``coefficients`` will run; raises what they raise for arguments that do not fit."""
         refs = resolve_sites(self.program, self._names_of(at))
         # The interpreter knows values as they are.
         whole = per_dimension or self._compiler.options.reference
         readings = {ref: tuple((node, kind) for node in ref.nodes) if whole else readings_of(ref, kind) for ref in refs}
         nodes = tuple(dict.fromkeys(reading for found in readings.values() for reading in found))
-        results, _ = self._ask(target, output, nodes, masks=self._masks(through or {}), create_graph=create_graph)
+        masks = self._masks(through or {})
+        self._check_masks(masks)
+        question = self._question(target, output, nodes, masks=masks, create_graph=create_graph)
+        is_summed = self._compiler.options.reference and kind == "relevance" and not per_dimension
+        return Asked(question, target, output, at, readings, is_summed, create_graph)
+
+    def answered(self, asked: Asked) -> Any:
+        """The result of what was asked."""
+        results = self._answer(asked.question, asked.target, asked.output, asked.create_graph)
         values = {(result.site, result.kind): value for result, value in results}
-        found = {ref.label: _gather([values[reading] for reading in read]) for ref, read in readings.items()}
-        if self._compiler.options.reference and kind == "relevance" and not per_dimension:
-            found |= {ref.label: summed_over_dimensions(found[ref.label]) for ref in refs if ref.is_tokens}
-        return self._gathered(found, at)
+        found = {ref.label: _gather([values[reading] for reading in read]) for ref, read in asked.readings.items()}
+        if asked.is_summed:
+            found |= {ref.label: summed_over_dimensions(found[ref.label]) for ref in asked.readings if ref.is_tokens}
+        return self._gathered(found, asked.at)
 
     def _gathered(self, found: dict[str, Tensor], at: Names) -> Any:
         """One tensor for one site asked for by name, else a dict."""
@@ -324,23 +341,29 @@ class Tape:
                     raise MaskError(site=name, cause=cause) from None
         return found
 
-    def _seeds(self, target: Target, output: str | None, create_graph: bool = False) -> dict[int, Tensor]:
-        name = output if output is not None else self._compiler.options.output
-        chosen = self._call.chosen_output(name)
-        leaves = self._recording.outputs()
-        explainable = {i: leaves[i] for i in sorted(self._call.explainable_outputs().values())}
+    def _check_masks(self, masks: Masks) -> None:
+        if masks and (self._compiler.options.reference or self._compiler.options.verify != "off"):
+            raise MaskError(site=next(iter(masks)), cause="masks are refused with reference=True and with verify")
 
-        def rebuild(replaced: dict[int, Tensor]) -> Any:
-            return rebuild_output(self.program, list({**leaves, **replaced}.values()), self._recording.sizes)
+    def _question(self, target: Target, output: str | None, sites: Sites, **what: Any) -> Question:
+        self._recording.check_fresh()
+        if self._once and not reads_output(target):
+            self._recording.give_up_outputs()
+        return self._questions.ask(target, output, sites, **what)
 
-        if isinstance(target, Several):
-            each = [seeds_for(explainable, chosen, one, rebuild, create_graph) for one in target.targets]
-            return target.stacked(each)
-        seeds = seeds_for(explainable, chosen, target, rebuild, create_graph)
-        if not seeds:
-            known = ", ".join(output_names(self.program)[index] for index in explainable)
-            raise OutputError(name="(callable)", cause="the target depends on none of its outputs", known=known)
-        return dict(sorted(seeds.items()))
+    def _answer(self, question: Question, target: Target, output: str | None, create_graph: bool) -> Results:
+        """Run the relevance pass for one question."""
+        request = question.request
+        if self._compiler.options.reference:
+            if request.sinks or request.ledger or create_graph:
+                cause = "the reference interpreter keeps no ledger and no derivatives"
+                raise ReferenceModeError(cause=cause)
+            return self._recording.interpreted(question.seeds, request.sites)
+        results = self._recording.answer(question, create_graph=create_graph)
+        if self._compiler.options.verify == "ledger" and not request.ledger:
+            for one in target.targets if isinstance(target, Several) else [target]:
+                self.ledger(one, output=output).check()
+        return results
 
     def _ask(
         self,
@@ -350,33 +373,26 @@ class Tape:
         *,
         sinks: bool = False,
         ledger: bool = False,
-        masks: Masks | None = None,
         create_graph: bool = False,
     ) -> tuple[Results, dict[int, Tensor]]:
-        """Compile and run the relevance pass for one question."""
-        self._recording.check_fresh()
-        if self._once and not reads_output(target):
-            self._recording.give_up_outputs()
-        seeds = self._seeds(target, output, create_graph)
-        masks = masks or {}
-        if masks and (self._compiler.options.reference or self._compiler.options.verify != "off"):
-            raise MaskError(site=next(iter(masks)), cause="masks are refused with reference=True and with verify")
-        if self._compiler.options.reference:
-            if sinks or ledger or create_graph:
-                cause = "the reference interpreter keeps no ledger and no derivatives"
-                raise ReferenceModeError(cause=cause)
-            return self._recording.interpreted(seeds, sites), seeds
-        request = Request(tuple(seeds), sites, sinks, ledger, tuple(masks))
-        given = list(seeds.values())
-        if self._once:
-            # Else they would be held here while the relevance pass gives up what it has read.
-            seeds = {}
-        how = {"mapped": isinstance(target, Several), "create_graph": create_graph}
-        results = self._recording.answer(request, given, list(masks.values()), **how)
-        if self._compiler.options.verify == "ledger" and not ledger:
-            for one in target.targets if isinstance(target, Several) else [target]:
-                self.ledger(one, output=output).check()
-        return results, seeds
+        """The results of one question, and its seeds."""
+        what = {"sinks": sinks, "ledger": ledger, "create_graph": create_graph}
+        question = self._question(target, output, sites, **what)
+        seeds = dict(question.seeds)
+        return self._answer(question, target, output, create_graph), seeds
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about sites, and how its results become what is returned."""
+
+    question: Question
+    target: Target
+    output: str | None
+    at: Names
+    readings: dict[SiteRef, tuple[tuple[str, Reading], ...]]
+    is_summed: bool
+    create_graph: bool
 
 
 def by_site(results: Results) -> dict[str, Tensor]:

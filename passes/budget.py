@@ -10,7 +10,7 @@ from lrp_compiler.passes.checkpoints import Regions, narrow_places, regions_of
 from lrp_compiler.passes.min_cut import Solved
 from lrp_compiler.passes.prices import Prices, Pricing
 from lrp_compiler.passes.program import Program, facts
-from lrp_compiler.passes.retain import Demands, demands_of, estimate, retained
+from lrp_compiler.passes.retain import Demands, demands_of, estimate, late_nodes, retained
 
 SPACINGS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """How many narrow places lie between two kept ones."""
@@ -31,7 +31,7 @@ class MemoryGoal:
 
 def values_to_keep(program: Program, goal: MemoryGoal) -> set[fx.Node]:
     """The values of the joint graph that the forward pass keeps: what costs least under the goal."""
-    demands, pricing = demands_of(program.graph), Pricing(goal.prices)
+    demands, pricing = demands_of(program.graph), Pricing(goal.prices, late_nodes(program))
     regions = regions_of(program, goal.recompute) if goal.recompute else Regions(frozenset(), ())
     kept = retained(demands, pricing, frozenset(regions.ends), regions.inside)
     if goal.budget >= 1:

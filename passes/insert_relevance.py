@@ -34,6 +34,7 @@ from lrp_compiler.passes.program import (
     Result,
     facts,
     forward_nodes,
+    model_op,
     output_node,
     tensor_of,
     value_of,
@@ -138,7 +139,7 @@ class _Inserter:
     def plant_seeds(self) -> None:
         """Make the placeholders of seeds and masks, behind the graph's own."""
         for index in self.request.outputs:
-            leaf = self.program.outputs[index]
+            leaf = self.program.seeded.get(index, self.program.outputs[index])
             assert isinstance(leaf, str)
             seed = self.seed_like(f"seed_{index}", leaf)
             self.add_edge(self.nodes[leaf], seed, "coefficient")
@@ -167,7 +168,7 @@ class _Inserter:
 
     def visit(self, node: fx.Node) -> None:
         """Collect the edges of one forward node, read results off, and hand them to its operands."""
-        self.emitter.stamp = Facts(part="relevance", origin=node.name)
+        self.emitter.stamp = Facts(part="relevance", origin=model_op(node))
         self.emitter.provenance = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
         if node not in self.pending and node not in self.tuples:
             return
@@ -185,9 +186,11 @@ class _Inserter:
             if node.op == "call_function" and self.parameters:
                 self.pass_to_parameters(node)
             return
-        rule = facts(node).rule
-        if rule is not None and facts(node).flows:
-            self.apply(rule, node)
+        known = facts(node)
+        if known.explained_by:
+            self.pending.setdefault(self.nodes[known.explained_by], []).extend(self.pending[node])
+        elif known.rule is not None and known.flows:
+            self.apply(known.rule, node)
 
     def apply(self, rule: Rule, node: fx.Node) -> None:
         """Hand the edges of a node to its operands by its rule, and note what the request asks of that."""
@@ -276,7 +279,7 @@ class _Inserter:
 
     def converted(self, node: fx.Node, edge: fx.Node, kind: EdgeKind) -> fx.Node:
         """An edge of the other kind: exact towards relevance, stabilised towards coefficients."""
-        self.conversions.append(Conversion(node.name, kind))
+        self.conversions.append(Conversion(model_op(node), kind))
         if kind == "relevance":
             return self.emitter(on_relevance, edge, self.amount(node))  # type: ignore[no-any-return]
         if self.request.sinks or self.request.ledger:

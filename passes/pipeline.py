@@ -38,6 +38,7 @@ from lrp_compiler.passes.recognise import recognise
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.share_memory import share_memory
 from lrp_compiler.passes.simplify import simplify
+from lrp_compiler.passes.specialise import specialise
 from lrp_compiler.passes.verify import verify
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ EXPLAIN: tuple[Pass, ...] = (analyse, assign_rules)
 """... -> each op's rule; depends on the attributed inputs and the composite."""
 
 EMIT: tuple[Pass, ...] = (
+    specialise,
     insert_relevance,
     simplify,
     fuse,
@@ -65,7 +67,7 @@ EMIT: tuple[Pass, ...] = (
 PIPELINE: tuple[Pass, ...] = (*CAPTURE, *EXPLAIN, *EMIT)
 
 
-ENTERING = frozenset({clean, pin, *EXPLAIN, insert_relevance})
+ENTERING = frozenset({clean, pin, *EXPLAIN, specialise, insert_relevance})
 """The passes that see to the branches of a torch.cond themselves: what is found there depends on its operands."""
 
 
@@ -176,9 +178,15 @@ def emit(
     explained: tuple[Stage, ...], request: Request, goal: MemoryGoal | None = None, backend: Backend = "auto"
 ) -> tuple[tuple[Stage, ...], Executable]:
     """The stages of EMIT for one request under a memory goal, with kernels where ``backend`` has them, and the code."""
-    settings: dict[Pass, tuple[Any, ...]] = {lower_promises: (goal,), fuse: (backend,), fuse_elementwise: (backend,)}
-    history = run(insert_relevance, explained, request)
-    for one in EMIT[1:]:
+    settings: dict[Pass, tuple[Any, ...]] = {
+        specialise: (request,),
+        insert_relevance: (request,),
+        lower_promises: (goal,),
+        fuse: (backend,),
+        fuse_elementwise: (backend,),
+    }
+    history = explained
+    for one in EMIT:
         history = run(one, history, *settings.get(one, ()))
     return history, generate(history[-1].program)
 

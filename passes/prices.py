@@ -12,7 +12,8 @@ from torch import fx
 
 from lrp_compiler.passes.deferral import GENERATOR_READERS, REPLAY
 from lrp_compiler.passes.draws import draws
-from lrp_compiler.passes.optable import OpClass, OpEntry, classify, op_name
+from lrp_compiler.passes.emitter import promise
+from lrp_compiler.passes.optable import OpClass, OpEntry, aten_names, classify, op_name
 from lrp_compiler.passes.packing import PACKERS
 from lrp_compiler.passes.program import facts, value_of
 from lrp_compiler.passes.sizes import hints
@@ -40,9 +41,13 @@ class Prices:
 
 @dataclass
 class Pricing:
-    """The prices of one program's values; flops are counted once per signature, computing is priced once per value."""
+    """The prices of one program's values; flops are counted once per signature, computing is priced once per value.
+
+    What is ``late`` depends on more than the forward pass knows, which cannot keep it.
+    """
 
     prices: Prices
+    late: frozenset[fx.Node] = frozenset()
     counted: dict[Any, int] = field(default_factory=dict)
     computing: dict[fx.Node, int | None] = field(default_factory=dict)
 
@@ -55,7 +60,7 @@ class Pricing:
         value = value_of(node)
         if node.op == "placeholder":
             return 0
-        if shown(node) is not None or not isinstance(value, (torch.Tensor, *SCALARS)):
+        if node in self.late or shown(node) is not None or not isinstance(value, (torch.Tensor, *SCALARS)):
             return None
         extra = 0.0
         if node.target in PACKERS:
@@ -75,6 +80,9 @@ class Pricing:
             return 0
         if REPLAY not in node.meta and not is_repeatable(node):
             return None
+        if all(user.target is promise for user in node.users):
+            # What relevance alone reads is computed once as well, on whichever side.
+            return 0
         if REPLAY in node.meta:
             return int(self.prices.call + self.prices.draw * math.prod(hints(value_of(node).shape)))
         return int(self.prices.call + _moved(node) + self.prices.flop * self.flops(node))
@@ -111,8 +119,14 @@ def _sizes(operand: Any) -> tuple[int, ...]:
     return hints(value_of(operand).shape)
 
 
+PICKING = aten_names("index_select embedding gather take")
+"""Ops that read no more of their first operand than they write."""
+
+
 def _moved(node: fx.Node) -> int:
     """The bytes an op reads and writes."""
+    if op_name(node) in PICKING:
+        return 2 * bytes_of(value_of(node))
     return sum(bytes_of(value_of(operand)) for operand in node.all_input_nodes) + bytes_of(value_of(node))
 
 

@@ -26,12 +26,17 @@ TRACING = threading.RLock()
 
 
 class InputKind(enum.Enum):
-    """Where the value of a graph input comes from at call time."""
+    """Where the value of a graph input comes from at call time.
+
+    Rows, the numbers of those that seeds start at, are known before the forward pass or, late, behind it.
+    """
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
     CONSTANT = "constant"
     USER = "user"
+    ROWS = "rows"
+    LATE_ROWS = "late_rows"
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Facts:
     """What the passes know of a node; kept in ``node.meta['lrp']`` and replaced, never changed.
 
     ``origin`` names the op that a relevance op belongs to, and of a graph input the live parameter behind it.
+    ``explained_by`` names the op that hands relevance on in place of this one: of the same value, but fewer rows;
+    ``rows_of`` the op of the model that this one is, or takes from, on fewer rows.
 
     A value that ``varies`` may be another one in the reference run, the forward pass on baseline inputs.
     """
@@ -97,6 +104,13 @@ class Facts:
     structures: tuple[Structure, ...] = ()
     rule: Rule | None = None
     origin: str = ""
+    explained_by: str = ""
+    rows_of: str = ""
+
+
+def model_op(node: fx.Node) -> str:
+    """The name of the op of the model that ``node`` is, perhaps on fewer rows."""
+    return facts(node).rows_of or node.name
 
 
 def facts(node: fx.Node) -> Facts:
@@ -147,6 +161,15 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Pick:
+    """``count`` rows of dimension ``dim`` of output leaf ``output``; nothing of the seed lies outside them."""
+
+    output: int
+    dim: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Request:
     """What one relevance graph has to produce: for seeds at ``outputs``, results at ``sites``.
 
@@ -155,6 +178,9 @@ class Request:
     ``through`` are multiplied by masks, which follow the seeds among the relevance graph's arguments. ``starts`` names
     further nodes that get seeds, after the outputs'; nothing passes the nodes named in ``blocked``. The edges that
     arrive at the nodes named in ``edges`` are results as they are, one for each kind.
+
+    Seeds at an output with ``picks`` have these rows alone, whose numbers follow the inputs of the graph. Where it is
+    not so that the program ``keeps_outputs``, its forward pass returns none, and the rows are known before it runs.
     """
 
     outputs: tuple[int, ...]
@@ -165,6 +191,8 @@ class Request:
     starts: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()
     edges: tuple[str, ...] = ()
+    picks: tuple[Pick, ...] = ()
+    keeps_outputs: bool = True
 
 
 @dataclass(frozen=True)
@@ -230,7 +258,8 @@ class Program:
     ``sources`` maps each attributed user input to the nodes where its relevance is read: itself, or the embeddings
     it indexes. ``varied`` names the user inputs that have another value in the reference run. ``uncovered`` lists the
     live ops without a rule, where that was asked for; such a program cannot be emitted.
-    ``outputs`` holds, per leaf of the model's output tree, a node name or the constant itself. ``root`` owns the
+    ``outputs`` holds, per leaf of the model's output tree, a node name or the constant itself; ``seeded`` the node
+    where the seed of an output starts, by leaf, if that is another one. ``root`` owns the
     sub-graphs of higher-order ops until ``canonicalise`` has inlined them. ``kernels`` says what ``fuse`` made of what
     a kernel might compute. After ``partition`` ``graph`` is the
     forward graph and ``relevance_graph`` the other half. ``traces`` caches traced functions by signature and is
@@ -254,6 +283,7 @@ class Program:
     conversions: tuple[Conversion, ...] = ()
     results: tuple[Result, ...] = ()
     seeds: tuple[int, ...] = ()
+    seeded: dict[int, str] = field(default_factory=dict)
     buffers: tuple[Buffer, ...] = ()
     memory: MemoryPlan | None = None
     kernels: tuple[KernelUse, ...] = ()

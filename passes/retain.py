@@ -11,7 +11,7 @@ from lrp_compiler.passes.deferral import REPLAY, demanded_by, either, fixed_node
 from lrp_compiler.passes.emitter import promise
 from lrp_compiler.passes.min_cut import Choice, Solved, cheapest
 from lrp_compiler.passes.prices import Pricing, is_repeatable
-from lrp_compiler.passes.program import facts, first_argument, value_of
+from lrp_compiler.passes.program import InputKind, Program, facts, first_argument, value_of
 from lrp_compiler.passes.storage import bytes_of
 
 NOTHING: frozenset[fx.Node] = frozenset()
@@ -57,6 +57,16 @@ def demands_of(graph: fx.Graph) -> Demands:
     return Demands(tuple(readings), {node.name: node for node in graph.nodes if node.name in noted})
 
 
+def late_nodes(program: Program) -> frozenset[fx.Node]:
+    """The nodes of a joint graph that depend on rows which are not known before the forward pass has run."""
+    late = {spec.node for spec in program.inputs if spec.kind is InputKind.LATE_ROWS}
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes if late else ():
+        if node.name in late or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
 def retained(
     demands: Demands,
     pricing: Pricing,
@@ -78,7 +88,7 @@ def retained(
         keep, recompute = pricing.keep(node), pricing.recompute(node)
         if node in barred and is_repeatable(node):
             keep = None
-        elif node in forced or (recompute is not None and pricing.never_pays(node, recompute)):
+        elif node in forced or (None not in (keep, recompute) and pricing.never_pays(node, recompute or 0)):
             recompute = None
         read = () if recompute is None and keep is not None else tuple(demands.operands(node))
         choices[node] = Choice(keep, recompute, read)

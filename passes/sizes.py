@@ -50,6 +50,21 @@ def as_literal(value: Any) -> Any:
     return float(expression) if isinstance(value, torch.SymFloat) else int(expression)
 
 
+def expression(size: int | torch.SymInt) -> sympy.Expr:
+    """A size as an expression; reading it so settles nothing."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def as_number(size: sympy.Expr, like: torch.Tensor) -> Any:
+    """An expression over the sizes of a capture as a number that ops take; ``like`` is one of its fake tensors."""
+    if size.is_number:
+        return int(size)
+    environment = like.fake_mode.shape_env  # type: ignore[attr-defined]
+    # As in _hint, for an expression.
+    known = getattr(environment, "guarding_hint_or_throw", None) or environment.size_hint
+    return environment.create_symintnode(size, hint=int(known(size)))
+
+
 def with_literals(arguments: Any) -> Any:
     """A tree of arguments as a node may hold them."""
     return pytree.tree_map_only(Symbolic, as_literal, arguments)

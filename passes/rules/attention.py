@@ -24,6 +24,7 @@ class Attention(Rule):
     """
 
     name: ClassVar[str] = "attention"
+    by_row: ClassVar[bool] = True
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return tuple(operand for operand in op.flowing if operand.argument in (QUERY, KEY, VALUE))
@@ -68,6 +69,7 @@ class AttentionValueOnly(Attention):
     """The attention map is constant: everything flows to V (CP-LRP, the AH-rule)."""
 
     name: ClassVar[str] = "attention_value_only"
+    by_row: ClassVar[bool] = True
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return tuple(operand for operand in op.flowing if operand.argument == VALUE)

@@ -27,7 +27,9 @@ class Rule:
 
     ``kind`` is the edge kind a rule takes and gives; ``linear_in_seed`` says whether twice the edge gives twice the
     edges, which all rules but filters do; a rule that ``folds_batch_norm`` takes a batch norm that follows
-    its op as part of it; one that is ``real_only`` asks for signs, which complex values have not. Subclasses are
+    its op as part of it; one that is ``real_only`` asks for signs, which complex values have not. One that goes
+    ``by_row`` hands on the edge of each row of the output whatever the others get, so that rows without an edge can be
+    left out; it is not inherited, since what a subclass does is not known. Subclasses are
     frozen dataclasses, so that two rules with the same parameters are equal; those that hold tensors equal themselves
     alone.
     """
@@ -37,6 +39,7 @@ class Rule:
     folds_batch_norm: ClassVar[bool] = False
     linear_in_seed: ClassVar[bool] = True
     real_only: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         """The operands this rule hands relevance to, among those it can flow to."""
@@ -71,6 +74,11 @@ class Rule:
 
     def __str__(self) -> str:
         return self.name
+
+
+def is_by_row(rule: Rule) -> bool:
+    """Whether a rule says of itself that it goes by row."""
+    return bool(vars(type(rule)).get("by_row", False))
 
 
 @dataclass(frozen=True)

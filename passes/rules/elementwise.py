@@ -31,6 +31,7 @@ class Identity(Rule):
     """R_x = R_y in coefficient space: c_x = c_y g(x), g from the table of gates; no division (P4)."""
 
     name: ClassVar[str] = "identity"
+    by_row: ClassVar[bool] = True
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return op.flowing[:1]
@@ -66,6 +67,7 @@ class DeconvNet(Rule):
     """c_x = max(c_y, 0), whatever x is (Zeiler and Fergus 2014); not linear in the seed."""
 
     name: ClassVar[str] = "deconvnet"
+    by_row: ClassVar[bool] = True
     linear_in_seed: ClassVar[bool] = False
 
     def propagate(self, site: Site, edge: Any) -> Edges:
@@ -77,6 +79,7 @@ class GuidedBackprop(Rule):
     """c_x = c_y where x > 0 and c_y > 0 (Springenberg et al. 2015); not linear in the seed."""
 
     name: ClassVar[str] = "guided_backprop"
+    by_row: ClassVar[bool] = True
     linear_in_seed: ClassVar[bool] = False
 
     def propagate(self, site: Site, edge: Any) -> Edges:
@@ -89,6 +92,7 @@ class BetaSmooth(Rule):
 
     beta: float = 10.0
     name: ClassVar[str] = "beta_smooth"
+    by_row: ClassVar[bool] = True
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return {r: site.emit(smooth_gate, edge, r.node, self.beta) for r in self.receivers(site.op)}
@@ -99,6 +103,7 @@ class OffsetGate(Rule):
     """c_x = c_y g(x) with f(x) = f(0) + x g(x): the share of f(0) is a constant's, and sinks (linear interpreter)."""
 
     name: ClassVar[str] = "offset_gate"
+    by_row: ClassVar[bool] = True
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return op.flowing[:1]

@@ -23,6 +23,7 @@ class Gradient(Rule):
     """c_x = VJP(c), whatever the op."""
 
     name: ClassVar[str] = "gradient"
+    by_row: ClassVar[bool] = True
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return op.flowing

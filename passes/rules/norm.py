@@ -49,6 +49,7 @@ class LayerNorm(_OnInput):
     """c_x = rstd (w c - mean(w c)), per group for group norm; only rstd is kept (Ali et al. 2022)."""
 
     name: ClassVar[str] = "layer_norm"
+    by_row: ClassVar[bool] = True
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         if site.op.pattern is not None:
@@ -81,6 +82,7 @@ class RMSNorm(_OnInput):
     """c_x = c / rms(x): the identity rule of RMSNorm, which is also its LN-rule."""
 
     name: ClassVar[str] = "rms_norm"
+    by_row: ClassVar[bool] = True
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         scale, form = scale_of(site)
@@ -115,6 +117,7 @@ class SoftmaxGradient(_OnInput):
     """c_x = s (c - sum(s c)): AttnLRP Prop. 3.1 in coefficient space."""
 
     name: ClassVar[str] = "softmax"
+    by_row: ClassVar[bool] = True
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return site.vjp(edge, self.receivers(site.op))

@@ -39,6 +39,7 @@ class Plain(Rule):
     """c_in = VJP(c): the LRP-0 rule of linear maps, the ratio rule of sums, the inverse of data movement."""
 
     name: ClassVar[str] = "plain"
+    by_row: ClassVar[bool] = True
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return site.vjp(edge, self.receivers(site.op))
@@ -94,6 +95,7 @@ class Epsilon(Plain):
 
     epsilon: float = 1e-6
     name: ClassVar[str] = "epsilon"
+    by_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.epsilon, (int, float)) and self.epsilon > 0 and math.isfinite(self.epsilon)):
@@ -122,6 +124,7 @@ class Stop(Rule):
     """Nothing flows: statistics of a norm, gates and attention maps in CP-LRP (P3)."""
 
     name: ClassVar[str] = "stop"
+    by_row: ClassVar[bool] = True
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return ()

@@ -42,6 +42,7 @@ class RotaryHalf(Rule):
     """A rotary embedding shares evenly between what it rotates and the position (PA-LRP eq. 10)."""
 
     name: ClassVar[str] = "rotary_half"
+    by_row: ClassVar[bool] = True
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         return site.vjp(site.scale(edge, 0.5), self.receivers(site.op))
@@ -57,6 +58,7 @@ class PositionAdd(Plain):
     """An added positional embedding: the plain rule, its constant's share per token (PA-LRP eq. 5)."""
 
     name: ClassVar[str] = "position_add"
+    by_row: ClassVar[bool] = True
 
     def sinks(self, site: Site, edge: Any, edges: Edges) -> Sinks:
         (position,) = site.op.constants()

@@ -16,6 +16,7 @@ class Uniform(Rule):
     """c_k = VJP_k(c) / k over the k flowing factors (AttnLRP Prop. 3.2 and 3.3); with one factor the plain rule."""
 
     name: ClassVar[str] = "uniform"
+    by_row: ClassVar[bool] = True
 
     def propagate(self, site: Site, edge: Any) -> Edges:
         edges = site.vjp(edge, self.receivers(site.op))
@@ -34,6 +35,7 @@ class Numerator(Rule):
     """Everything to the numerator, the denominator held constant (LN-rule for a / b)."""
 
     name: ClassVar[str] = "numerator"
+    by_row: ClassVar[bool] = True
 
     def receivers(self, op: Operation) -> tuple[Operand, ...]:
         return tuple(operand for operand in op.flowing if operand.argument == 0)

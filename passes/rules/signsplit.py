@@ -201,6 +201,7 @@ class ZPlus(SignSplit):
     """Only what raises the output gets relevance: x+ W+ + x- W- (zennit's ZPlus)."""
 
     name: ClassVar[str] = "z_plus"
+    by_row: ClassVar[bool] = True
     method: ClassVar[Shares] = staticmethod(signsplit.z_plus)
 
     def non_negative_form(self, site: Site) -> tuple[Callable[..., tuple[Tensor, Tensor]], Any]:
@@ -214,6 +215,7 @@ class AlphaBeta(SignSplit):
     alpha: float = 2.0
     beta: float = 1.0
     name: ClassVar[str] = "alpha_beta"
+    by_row: ClassVar[bool] = True
     method: ClassVar[Shares] = staticmethod(signsplit.alpha_beta)
 
     def __post_init__(self) -> None:
@@ -238,6 +240,7 @@ class Gamma(SignSplit):
 
     gamma: float = 0.25
     name: ClassVar[str] = "gamma"
+    by_row: ClassVar[bool] = True
     method: ClassVar[Shares] = staticmethod(signsplit.gamma)
 
     def __post_init__(self) -> None:

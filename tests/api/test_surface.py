@@ -133,8 +133,9 @@ def test_sites_by_path_op_name_glob_and_list() -> None:
     assert whole.shape == (2, 10, 16)
     several = tape.relevance(case.target, at=["input", "blocks.0", "blocks.1.mlp", "linear_3"])
     assert list(several) == ["input", "blocks.0", "blocks.1.mlp", "linear_3"]
-    assert torch.equal(several["blocks.0"], whole)
-    assert torch.equal(several["input"], tape.relevance(case.target))
+    # Which rows are left out, and with that how products round, depends on the sites asked for.
+    for found, alone in ((several["blocks.0"], whole), (several["input"], tape.relevance(case.target))):
+        assert (found - alone).norm() <= 1e-13 * alone.norm()
     assert list(tape.relevance(case.target, at="blocks.*.norm1")) == ["blocks.0.norm1", "blocks.1.norm1"]
     coefficients = tape.coefficients(case.target, at="blocks.1.mlp")
     activations: list[Tensor] = []

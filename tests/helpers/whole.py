@@ -18,12 +18,14 @@ from lrp_compiler.passes.branches import Conditional, ConditionalRelevance, oper
 from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.emitter import promise, reference_promise
+from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.lower_promises import lower_promises
 from lrp_compiler.passes.pipeline import EMIT, Stage, generate, run
 from lrp_compiler.passes.prices import Prices
 from lrp_compiler.passes.program import Buffer, Constant, Program, Request, facts, output_node
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.sizes import Size, Sizes
+from lrp_compiler.passes.specialise import specialise
 
 FREE_CALLS = Prices(call=0.0)
 """Calls cost nothing, so that what they cost does not hide what tiny values take."""
@@ -50,9 +52,9 @@ class PricedCompiler(Compiler):
         key = (id(explained), request)
         before = EMIT.index(lower_promises)
         if key not in self.priceless:
-            history = run(EMIT[0], explained.stages, request)
-            for one in EMIT[1:before]:
-                history = run(one, history)
+            history = explained.stages
+            for one in EMIT[:before]:
+                history = run(one, history, *((request,) if one in (specialise, insert_relevance) else ()))
             self.priceless[key] = (explained, history)
         if (*key, self.prices) not in self.made:
             history = run(lower_promises, self.priceless[key][1], MemoryGoal(prices=self.prices))

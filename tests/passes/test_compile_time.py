@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lrp_compiler.composites import composite_named
 from lrp_compiler.passes.codegen import codegen
+from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.pin import pin
 from lrp_compiler.passes.pipeline import CAPTURE, EMIT, EXPLAIN, Stage, run
 from lrp_compiler.passes.program import Request
+from lrp_compiler.passes.specialise import specialise
 
 COUNTED = ("passes/", "torch/fx/")
 LINEAR = 1.01
@@ -76,7 +78,7 @@ def work(blocks: int, composite: str) -> dict[str, int]:
     history: tuple[Stage, ...] = run(CAPTURE[0], (), *call)
     settings: dict[Callable[..., Any], tuple[Any, ...]] = {EXPLAIN[1]: (composite_named(composite),), pin: call}
     for one in (*CAPTURE[1:], *EXPLAIN, *EMIT):
-        if one is EMIT[0]:
+        if one in (specialise, insert_relevance):
             sources = history[-1].program.sources.values()
             settings[one] = (Request((0,), tuple((node, "relevance") for nodes in sources for node in nodes)),)
         with counting(lines, one.__name__):

@@ -22,7 +22,7 @@ from lrp_compiler.captures import Captures
 from lrp_compiler.compiled import ExplainedCall
 from lrp_compiler.passes.program import Request, graph_inputs, value_of
 from lrp_compiler.passes.sizes import Sizes, value_of_sizes
-from lrp_compiler.recording import Recording
+from lrp_compiler.recording import Question, Recording
 
 PRICES = {"free calls": FREE_CALLS, "keep nothing": KEEP_NOTHING}
 STATE = 5056
@@ -226,10 +226,11 @@ def check(compiler: PricedCompiler, case: Given) -> None:
     for name, prices in PRICES.items():
         recording = Recording(compiler.at(prices), call, request)
         torch.manual_seed(1)
-        recording.record([value.clone() if isinstance(value, Tensor) else value for value in inputs], reference)
+        recording.open([value.clone() if isinstance(value, Tensor) else value for value in inputs], reference)
+        recording.record()
         assert torch.equal(torch.get_rng_state(), after)
         for _ in range(2):
-            results = recording.answer(request, [seed])
+            results = recording.answer(Question(request, {0: seed}))
             for (result, ours), theirs in zip(results, expected, strict=True):
                 assert torch.equal(ours, theirs), f"{name}: {result} differs by {(ours - theirs).abs().max()}"
 
@@ -327,9 +328,10 @@ def test_several_targets_at_once_read_the_same_values(name: str) -> None:
     inputs = graph_inputs(program, case.model, case.args, case.kwargs)
     for prices in PRICES.values():
         recording = Recording(compiler.at(prices), call, request)
-        recording.record(inputs, {})
+        recording.open(inputs, {})
+        recording.record()
         seeds = torch.randn(4, *recording.outputs()[request.outputs[0]].shape)
-        found = recording.answer(request, [seeds], mapped=True)
+        found = recording.answer(Question(request, {0: seeds}, is_mapped=True))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*batching rule.*")
             expected = torch.vmap(lambda seed: whole_results(program, Sizes(), inputs, (seed,), {}))(seeds)
@@ -355,7 +357,8 @@ def test_names_tell_the_value_whatever_was_asked() -> None:
     kept: list[dict[str, Tensor]] = []
     for request in (Request((0,), tuple(sites[:count]), sinks=sinks) for count in (1, 2, 3) for sinks in (False, True)):  # type: ignore[arg-type]
         recording = Recording(compiler, call, request)
-        recording.record(graph_inputs(call.program, case.model, case.args, case.kwargs), {})
+        recording.open(graph_inputs(call.program, case.model, case.args, case.kwargs), {})
+        recording.record()
         kept.append(recording._saved.known)
     pooled = "max_pool2d_with_indices_default_output1_window_offsets_b5b831e1"
     relus = (
