@@ -167,9 +167,9 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     FigureCanvasAgg(page).print_png(str(path))
 
 
-def write_all(folder: Path, rows: Sequence[Row], machine: str, text: str) -> None:
-    """peers.csv, peers.md and peers.png."""
+def write_all(folder: Path, stem: str, rows: Sequence[Row], machine: str, text: str) -> None:
+    """The CSV, the document and the plot, all of the same name."""
     names = [field.name for field in fields(Row)]
-    write_csv(folder / "peers.csv", ("machine", *names), ((machine, *astuple(row)) for row in rows))
-    write(folder / "peers.md", text)
-    plot(folder / "peers.png", rows)
+    write_csv(folder / f"{stem}.csv", ("machine", *names), ((machine, *astuple(row)) for row in rows))
+    write(folder / f"{stem}.md", text)
+    plot(folder / f"{stem}.png", rows)

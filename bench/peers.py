@@ -10,7 +10,8 @@ groups, each with both bars in it. On CPU, and on a GPU where there is one. Rand
 zennit, LXT and Captum come with the extra [bench] (see CONTRIBUTING.md); one that is missing is named and left out. The
 published engine of DynamicLRP is compared where ``--dynamic-lrp`` points at a checkout.
 
-With ``--out``, results go to FOLDER/<machine>/: peers.csv, the tables in peers.md, peers.png.
+With ``--out``, results go to FOLDER/<machine>/: peers.csv, the tables in peers.md, peers.png; with ``--dtype bf16``,
+which has ours compute relevance in bfloat16 and leaves everybody else as it is, to peers-bf16 of each.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ def machine_folder(device: str, threads: int) -> str:
 
 def every_device(options: argparse.Namespace) -> bool:
     """Compare everything on every device, and write down what there is after each model."""
+    # The workers' number, which the machine's line tells.
+    torch.set_num_threads(options.threads)
     is_green = True
     for device in options.device:
         report, where = Report(), software(device)
@@ -103,7 +106,13 @@ def every_device(options: argparse.Namespace) -> bool:
                     asked = "python bench/peers.py " + " ".join(sys.argv[1:])
                     text = text_of(report.rows, asked, where, options.dtype, report.gate, report.left_out)
                     folder = options.out / machine_folder(device, options.threads)
-                    write_all(folder, report.rows, where, text)
+                    write_all(
+                        folder,
+                        "peers" if options.dtype == "fp32" else f"peers-{options.dtype}",
+                        report.rows,
+                        where,
+                        text,
+                    )
         for line in report.left_out:
             print(f"left out: {line}")
     return is_green

@@ -230,7 +230,7 @@ def test_ratios_are_to_the_bars_of_the_same_run(bench: SimpleNamespace, tmp_path
     text = report.text_of(rows, "python bench/peers.py", "a machine", "fp32", ["they agree"], ["X: not installed"])
     assert "| ours, attnlrp | 13.0 | 12.4 | 15.4 | 1.30 | 0.65 | 3 | 0.60 | 4 | 900 | 1.0e-07 |" in text
     assert "## net, batch 8, cpu" in text and "* they agree" in text and "* X: not installed" in text
-    report.write_all(tmp_path, rows, "a machine", text)
+    report.write_all(tmp_path, "peers", rows, "a machine", text)
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "peers.csv").open(encoding="utf-8", newline="") as file:
         written = list(csv.DictReader(file))
