@@ -20,6 +20,7 @@ import argparse
 import fnmatch
 import importlib.metadata
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -103,7 +104,7 @@ def every_device(options: argparse.Namespace) -> bool:
                 if new:
                     show(f"{new[0].model}, batch {batch}, {where}", HEADER, map(cells, new))
                 if options.out and report.rows:
-                    asked = "python bench/peers.py " + " ".join(sys.argv[1:])
+                    asked = shlex.join(["python", "bench/peers.py", *sys.argv[1:]])
                     text = text_of(report.rows, asked, where, options.dtype, report.gate, report.left_out)
                     folder = options.out / machine_folder(device, options.threads)
                     write_all(

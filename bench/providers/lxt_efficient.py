@@ -11,17 +11,26 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from providers.base import Prepared, Provider, Setting, of_input_alone
 from providers.stand_ins import lxt_efficient
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
+from transformers.models.roberta import modeling_roberta
 from workloads import Entry, input_x_gradient
 
 ATTENTION = {"attnlrp": "wrap_attention_forward", "cp_lrp": "cp_wrap_attention_forward"}
 GATED_MLP = {"attnlrp": "gated_mlp_forward", "cp_lrp": "cp_gated_mlp_forward"}
 MODELS = ("vit", "roberta", "gpt2", "llama")
+
+
+def classify_by_identity_rule(rules: Any, head: Any, features: Tensor) -> Tensor:
+    """RoBERTa's head, whose tanh is a function that no patch of a class reaches, with the identity rule on it."""
+    hidden = head.dense(head.dropout(features[:, 0, :]))
+    logits: Tensor = head.out_proj(head.dropout(rules.identity_rule_implicit(torch.tanh, hidden)))
+    return logits
 
 
 def patch_classes(patches: Any, composite: str) -> None:
@@ -31,6 +40,8 @@ def patch_classes(patches: Any, composite: str) -> None:
     modeling_llama.LlamaMLP.forward = getattr(patches, GATED_MLP[composite])
     for activation in (GELUActivation, NewGELUActivation, nn.Tanh):
         patches.patch_method(patches.non_linear_forward, activation, keep_original=True)
+    head = modeling_roberta.RobertaClassificationHead
+    head.forward = lambda self, features, **options: classify_by_identity_rule(patches, self, features)
     wrap = getattr(patches, ATTENTION[composite])
     ALL_ATTENTION_FUNCTIONS["sdpa"] = wrap(ALL_ATTENTION_FUNCTIONS["sdpa"])
 
