@@ -7,7 +7,7 @@ WORKERS ?= 2
 # The root must stay off sys.path: a bare "kernels" is another package's name (see CONTRIBUTING.md).
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-full lint golden catalogue aot kernel-table gpu clean
+.PHONY: demo test test-full lint golden catalogue aot kernel-table bench gpu clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python examples/demo.py
@@ -37,6 +37,11 @@ aot: $(VENV)/test.installed
 kernel-table: $(VENV)/test.installed
 	PYTHONSAFEPATH= $(BIN)/python bench/kernel_table.py --out kernels/dialect/TABLE.md
 
+# Ours beside every peer, into bench/results/<machine>/; about three hours on two quiet CPU cores, most of it spent in
+# slow peers at batch 8. make bench BENCH="--models vit --batch 1" for a part, BENCH="--dynamic-lrp FOLDER" for all peers.
+bench: $(VENV)/bench.installed
+	PYTHONSAFEPATH= $(BIN)/python bench/peers.py --out bench/results $(BENCH)
+
 # Under eight minutes, on the python at hand: a machine with a GPU may have torch and triton but no internet.
 # make gpu RESULTS=folder writes there instead of to bench/results/<name of the GPU>.
 gpu:
@@ -58,6 +63,12 @@ $(VENV)/demo.installed: $(VENV)/base.installed
 # zennit and lxt without their dependency torchvision, which has no build for CPU-only torch.
 $(VENV)/test.installed: $(VENV)/base.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]' captum
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps zennit lxt
+	touch $@
+
+# Without their dependency torchvision, as for the tests.
+$(VENV)/bench.installed: $(VENV)/base.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt captum einops
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps zennit lxt
 	touch $@
 

@@ -29,6 +29,7 @@ setup(
         "hf": ["transformers>=5"],
         "viz": ["matplotlib", "scikit-learn", "rich"],
         # zennit and lxt also name torchvision, which has no CPU build here: see CONTRIBUTING.md.
-        "bench": ["zennit", "lxt", "captum"],
+        # einops is what DynamicLRP's checkout imports.
+        "bench": ["zennit", "lxt", "captum", "einops"],
     },
 )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import math
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,14 +26,33 @@ if HERE in sys.path:
 
 def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Milliseconds of each call, after one to compile and warm up; they take turns, so that drift hits all alike."""
+
+    def milliseconds(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+
+    return measured_in_turns({name: partial(milliseconds, call) for name, call in calls.items()}, repeats)
+
+
+LEAST = 3
+"""Calls of which a median still says something."""
+
+
+def measured_in_turns(
+    calls: Mapping[str, Callable[[], float]], repeats: int, seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """The same of calls that say themselves how many milliseconds they took.
+
+    One that has taken ``seconds`` sits the later rounds out, but not the first three.
+    """
     for call in calls.values():
         call()
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
+    for done in range(repeats):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append((time.perf_counter() - start) * 1e3)
+            if done < LEAST or sum(taken[name]) < seconds * 1e3:
+                taken[name].append(call())
     return taken
 
 

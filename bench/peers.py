@@ -1,0 +1,155 @@
+"""What relevance costs, ours beside every peer: time, memory, first call and conservation, in one command.
+
+    python bench/peers.py [--out FOLDER] [--models vit gpt2] [--providers "ours*" "LXT*"] [--batch 1 8] [--repeats N]
+
+A process per provider loads the model with the same seed; where rules are the same, providers must agree before
+anything is timed (a red gate times nothing of that model, and the command fails). Then they take turns, call by call,
+with the same number of threads, and ratios are taken within one run. Where memory runs short, providers take turns in
+groups, each with both bars in it. On CPU, and on a GPU where there is one. Random weights, float32.
+
+zennit, LXT and Captum come with the extra [bench] (see CONTRIBUTING.md); one that is missing is named and left out. The
+published engine of DynamicLRP is compared where ``--dynamic-lrp`` points at a checkout.
+
+With ``--out``, results go to FOLDER/<machine>/: peers.csv, the tables in peers.md, peers.png; with ``--dtype bf16``,
+which has ours compute relevance in bfloat16 and leaves everybody else as it is, to peers-bf16 of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.metadata
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from harness import DTYPES, command, machine, show
+from peer_comparison import BARS, Case, Comparison, applying
+from peer_report import HEADER, Row, cells, rows_of, text_of, write_all
+from providers.registry import PROVIDERS
+from workloads import COMPARED, ENTRIES
+
+VERSIONED = ("transformers", "zennit", "lxt", "captum")
+
+
+@dataclass
+class Report:
+    """What is known so far of one device."""
+
+    rows: list[Row] = field(default_factory=list)
+    gate: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def compare(case: Case, options: argparse.Namespace, report: Report) -> bool:
+    """Check and measure one model; False when the gate is red, or a bar or ours failed."""
+    providers, obstacles = applying(case, options.providers)
+    report.left_out += [line for line in obstacles if line not in report.left_out]
+    with tempfile.TemporaryDirectory() as folder, Comparison(case, Path(folder)) as comparison:
+        found = comparison.check(providers)
+        title = f"{comparison.name}, batch {case.batch}, {case.device}"
+        for verdict in found:
+            print(f"{title}: {verdict}", flush=True)
+        is_green = not any(verdict.is_red for verdict in found) and all(bar in comparison.workers for bar in BARS)
+        runs = comparison.measure(options.repeats, options.seconds) if is_green else []
+        failures = comparison.failures
+    report.gate += [f"{title}: {verdict}" for verdict in found]
+    report.left_out += [f"{name} on {title}: {cause}" for name, cause in failures.items()]
+    for run in runs:
+        rows = rows_of(case.device, comparison.name, case.batch, run)
+        known = {row.provider for row in report.rows if (row.model, row.batch) == (comparison.name, case.batch)}
+        # Both bars run with every group; the table shows them once.
+        report.rows += [row for row in rows if row.provider not in known]
+    if not is_green:
+        print(f"{title}: the gate is red; nothing was timed", flush=True)
+    return is_green and not any(PROVIDERS[name].own for name in failures)
+
+
+def software(device: str) -> str:
+    """The machine and the versions of what was compared."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return machine(torch.device(device), **found)
+
+
+def machine_folder(device: str, threads: int) -> str:
+    """The name of this machine's folder of results."""
+    if device == "cpu":
+        return f"cpu-{threads}-cores"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def every_device(options: argparse.Namespace) -> bool:
+    """Compare everything on every device, and write down what there is after each model."""
+    # The workers' number, which the machine's line tells.
+    torch.set_num_threads(options.threads)
+    is_green = True
+    for device in options.device:
+        report, where = Report(), software(device)
+        for batch in options.batch:
+            for key in options.models:
+                entry, limits = ENTRIES[key], (options.threads, options.dtype, options.dynamic_lrp, options.patience)
+                before = len(report.rows)
+                is_green = compare(Case(entry, batch, device, *limits), options, report) and is_green
+                new = report.rows[before:]
+                if new:
+                    show(f"{new[0].model}, batch {batch}, {where}", HEADER, map(cells, new))
+                if options.out and report.rows:
+                    asked = shlex.join(["python", "bench/peers.py", *sys.argv[1:]])
+                    text = text_of(report.rows, asked, where, options.dtype, report.gate, report.left_out)
+                    folder = options.out / machine_folder(device, options.threads)
+                    write_all(
+                        folder,
+                        "peers" if options.dtype == "fp32" else f"peers-{options.dtype}",
+                        report.rows,
+                        where,
+                        text,
+                    )
+        for line in report.left_out:
+            print(f"left out: {line}")
+    return is_green
+
+
+def matching(patterns: Sequence[str]) -> list[str]:
+    """The providers that globs choose; exits where one chooses nothing."""
+    for pattern in patterns:
+        if not fnmatch.filter(PROVIDERS, pattern):
+            sys.exit(f"no provider is called {pattern!r}; there are: {'; '.join(PROVIDERS)}")
+    return [name for name in PROVIDERS if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = command(__doc__, "write peers.csv, peers.md and peers.png into a folder of this machine's in here")
+    parser.add_argument("--models", nargs="+", choices=ENTRIES, default=[entry.key for entry in COMPARED])
+    parser.add_argument("--providers", nargs="+", default=["*"], help="names or globs; both bars always run")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=60, help="what slow providers may take of each model's run")
+    parser.add_argument("--patience", type=float, default=900, help="seconds after which a worker counts as stuck")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", nargs="+", default=devices, choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of ours' relevance; models are float32")
+    parser.add_argument("--dynamic-lrp", type=Path, help="a checkout of github.com/keeinlev/dynamicLRP")
+    options = parser.parse_args()
+    options.providers = matching(options.providers)
+    return options
+
+
+def main() -> None:
+    """Compare, print, and write files if asked to; the exit status says whether the gate was green."""
+    sys.exit(0 if every_device(parse()) else 1)
+
+
+if __name__ == "__main__":
+    main()
