@@ -85,14 +85,14 @@ class CapturedCall:
         return {}
 
     def places(self, state: ModelState) -> list[int]:
-        """Where the graph's inputs stand among a model's parameters and buffers, arguments and the constants, in a row.
+        """Where the graph's inputs stand among a model's parameters and buffers, the constants and arguments, in a row.
 
         Raises KeyError for a parameter or buffer that no module has under this name.
         """
         if state not in self._places:
-            arguments = itertools.count(len(state.names))
-            constants = itertools.count(len(state.names) + self.program.in_spec.num_leaves)
-            further = {InputKind.USER: arguments, InputKind.CONSTANT: constants}
+            constants = itertools.count(len(state.names))
+            arguments = itertools.count(len(state.names) + len(self.constants))
+            further = {InputKind.CONSTANT: constants, InputKind.USER: arguments}
             self._places[state] = [
                 next(further[spec.kind]) if spec.kind in further else state.places[spec.target]
                 for spec in self.program.inputs
@@ -110,7 +110,8 @@ class CapturedCall:
         if sizes is None:
             return None
         bound = BoundCall(self, given, sizes)
-        return bound if not self.program.pins or self._has_pinned_values(bound.inputs()) else None
+        is_fitting = not self.program.pins or self._has_pinned_values(bound.inputs())
+        return bound if is_fitting else None
 
     def _has_pinned_values(self, inputs: list[Any]) -> bool:
         pins = {pin.input: pin.value for pin in self.program.pins}
@@ -119,7 +120,9 @@ class CapturedCall:
 
     def admits(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the program holds for a call's sizes, and for the values that it holds as constants."""
-        return self.bound(GivenCall.of(LiveModel(), model, args, kwargs)) is not None
+        if self.binder.bind(pytree.tree_leaves((args, kwargs))) is None:
+            return False
+        return not self.program.pins or self._has_pinned_values(graph_inputs(self.program, model, args, kwargs))
 
     def sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
         """The sizes of a call that the program holds for."""
@@ -143,7 +146,7 @@ class BoundCall:
             places = self.captured.places(given.live.state)
         except KeyError:
             return graph_inputs(self.captured.program, given.model, given.args, given.kwargs)
-        values = [*given.live.tensors, *given.leaves, *self.captured.constants]
+        values = [*given.live.tensors, *self.captured.constants, *given.leaves]
         return [values[place] for place in places]
 
 
