@@ -4,8 +4,8 @@
 
 Transformers of 12 layers and tiny width, so that tensors cost next to nothing. Of every call, the time inside generated
 functions, and what is left, which is ours; beside it some of the steps which that consists of, and how many functions
-run outside of generated code. Calls take turns, each behind one of its kind, as in a loop; medians with p20 and p80, and
-the least. Of the generated functions, how many ops they call and what one costs.
+run outside of generated code. Calls take turns, each behind one of its kind, as in a loop; medians with p20 and p80,
+and the least. Of the generated functions, how many ops they call and what one costs.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
 from lrp_compiler.passes.program import InputKind, Program, graph_inputs
 from lrp_compiler.passes.sizes import SizeBinder, Sizes
+from lrp_compiler.weightless import has_values
 
 GRAPHS = 8
 """How many graphs are kept for calls that differ in sizes alone; the oldest goes first."""
@@ -77,8 +78,7 @@ class CapturedCall:
 
     def describe(self, dims: frozenset[tuple[int, int]]) -> str:
         """(argument leaf, dimension) pairs in words."""
-        names = [spec.target for spec in self.program.inputs if spec.kind is InputKind.USER]
-        return ", ".join(f"{names[leaf]} dimension {dim}" for leaf, dim in sorted(dims))
+        return ", ".join(f"{self.arguments[leaf]} dimension {dim}" for leaf, dim in sorted(dims))
 
     @cached_property
     def _places(self) -> dict[ModelState, list[int]]:
@@ -98,6 +98,11 @@ class CapturedCall:
                 for spec in self.program.inputs
             ]
         return self._places[state]
+
+    @cached_property
+    def arguments(self) -> list[str]:
+        """The names of the argument leaves, as the model's forward calls them."""
+        return [spec.target for spec in self.program.inputs if spec.kind is InputKind.USER]
 
     @cached_property
     def constants(self) -> tuple[Tensor, ...]:
@@ -138,6 +143,11 @@ class BoundCall:
     captured: CapturedCall
     given: GivenCall
     sizes: Sizes
+
+    @property
+    def has_values(self) -> bool:
+        """Whether none of its inputs is of the meta device or fake."""
+        return self.given.live.has_values and all(map(has_values, (*self.given.leaves, *self.captured.constants)))
 
     def inputs(self) -> list[Any]:
         """The values of the graph's placeholders, parameters as they are in this call."""

@@ -17,6 +17,7 @@ from torch._C._dynamo.guards import TensorGuards
 
 from lrp_compiler.hooks import KINDS, refuse_global_hooks, refuse_hooks
 from lrp_compiler.passes.cast_explicitly import without_autocast
+from lrp_compiler.weightless import has_values
 
 Contents = dict[str, Any]
 """What a module keeps under its own names: ``vars`` of it, or one of the dicts in there."""
@@ -55,10 +56,11 @@ class ModelState:
 
 @dataclass(frozen=True, eq=False)
 class Live:
-    """The state of a model at one call, and its parameters and buffers by place."""
+    """The state of a model at one call, its parameters and buffers by place, and whether these are more than shapes."""
 
     state: ModelState
     tensors: list[Tensor]
+    has_values: bool
 
 
 class LiveModel:
@@ -72,7 +74,7 @@ class LiveModel:
         refuse_global_hooks()
         last = self._last
         if last is not None and last.model is model and (tensors := last.unchanged()) is not None:
-            return Live(last.state, tensors)
+            return Live(last.state, tensors, last.has_values)
         self._last, live = _walk(model)
         return live
 
@@ -84,11 +86,12 @@ class _Witness:
     ``slots`` are where parameters and buffers are kept, ``identities`` their ids, from which follows what is tied;
     ``fixed`` is what else must be the same object: children, and parameters that are None. ``empty`` and ``filled``
     (with their ``lengths``) are the dicts of all modules, ``hooks`` their hooks by id of ``vars``. ``guards`` compare
-    tensors with inference mode off and on.
+    tensors, with inference mode off and on; they take none twice, and ``distinct`` are the places of those they take.
     """
 
     model: nn.Module
     state: ModelState
+    has_values: bool
     modules: list[Row]
     hooks: dict[int, tuple[Any, ...]]
     fixed: list[tuple[Contents, str, Any]]
@@ -97,6 +100,7 @@ class _Witness:
     filled: list[Contents]
     lengths: list[int]
     identities: list[int]
+    distinct: list[int]
     attributes: list[Any]
     guards: dict[bool, TensorGuards] = field(default_factory=dict)
 
@@ -141,12 +145,14 @@ class _Witness:
         # What dispatches differently is another tensor to the guards.
         mode = torch.is_inference_mode_enabled()
         guards = self.guards.get(mode)
+        distinct = [tensors[place] for place in self.distinct]
         with without_autocast():
-            if guards is not None and guards.check(*tensors):
+            if guards is not None and guards.check(*distinct):
                 return True
             if list(map(ATTRIBUTES, tensors)) != self.attributes:
                 return False
-            self.guards[mode] = _guards(tensors)
+            if guards is None:
+                self.guards[mode] = _guards(distinct)
         return True
 
 
@@ -168,7 +174,8 @@ def _walk(model: nn.Module) -> tuple[_Witness | None, Live]:
     owners: dict[int, int] = {}
     tied = [owners.setdefault(id(tensor), len(owners)) for tensor in tensors]
     weights = tuple(zip(tied, map(ATTRIBUTES, tensors), strict=True))
-    live = Live(ModelState(tuple(slots), weights, tuple(module.training for module in modules)), tensors)
+    state = ModelState(tuple(slots), weights, tuple(module.training for module in modules))
+    live = Live(state, tensors, all(map(has_values, tensors)))
     try:
         return _witness(model, modules, list(slots.values()), live), live
     except KeyError:
@@ -179,9 +186,11 @@ def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Conte
     rows = [_row(vars(module)) for module in modules]
     dicts = [kept for _, *three, _ in rows for kept in three]
     filled = [kept for kept in dicts if kept]
+    identities = list(map(id, live.tensors))
     return _Witness(
         model=model,
         state=live.state,
+        has_values=live.has_values,
         modules=rows,
         hooks={id(vars(module)): _hooks_of(vars(module)) for module in filter(_has_hooks, modules)},
         fixed=[(kept, name, value) for kept in filled for name, value in kept.items() if not isinstance(value, Tensor)],
@@ -189,7 +198,8 @@ def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Conte
         empty=tuple(kept for kept in dicts if not kept),
         filled=filled,
         lengths=list(map(len, filled)),
-        identities=list(map(id, live.tensors)),
+        identities=identities,
+        distinct=list({one: place for place, one in enumerate(identities)}.values()),
         attributes=list(map(ATTRIBUTES, live.tensors)),
     )
 
