@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 from training import identical
 
 from lrp_compiler import LRPModule, compile_for_lrp, errors
+from lrp_compiler.captures import Captures
 from lrp_compiler.live_model import LiveModel
 
 
@@ -284,3 +285,18 @@ def test_reading_a_model_runs_no_python_for_each_module() -> None:
             known.read(model)
         counts.append(functions_run(lambda known=known, model=model: known.read(model)))  # type: ignore[misc]
     assert counts[0] == counts[1] < 60
+
+
+def test_finding_a_program_and_its_inputs_runs_no_python_for_each_module() -> None:
+    """As many functions for eight blocks as for two, once the call is known."""
+    counts = []
+    for depth in (2, 8):
+        model, x = nn.Sequential(*(Block() for _ in range(depth))).eval(), torch.randn(3, 4)
+        captures = warm(model, x).compiler.captures
+
+        def find(captures: Captures = captures, given: Any = (model, (x,), {})) -> list[Any]:
+            return captures.bound(*given, frozenset(), True).inputs()
+
+        assert all(a is b for a, b in zip(find(), find(), strict=True))
+        counts.append(functions_run(find))
+    assert counts[0] == counts[1] < 160
