@@ -6,6 +6,7 @@ one graph serves them all; a model whose forward depends on a size gets a graph 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import warnings
@@ -18,15 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.hooks import refuse_hooks
-from lrp_compiler.passes.cast_explicitly import current_autocast, is_trained, without_autocast
+from lrp_compiler.given_call import GivenCall
+from lrp_compiler.live_model import LiveModel, ModelState
+from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.draws import draws_numbers
 from lrp_compiler.passes.eager_failure import unsupported_argument
 from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
-from lrp_compiler.passes.program import TRACING, InputKind, Program, graph_inputs
+from lrp_compiler.passes.program import InputKind, Program, graph_inputs
 from lrp_compiler.passes.sizes import SizeBinder, Sizes
+from lrp_compiler.weightless import has_values
 
 GRAPHS = 8
 """How many graphs are kept for calls that differ in sizes alone; the oldest goes first."""
@@ -75,25 +78,86 @@ class CapturedCall:
 
     def describe(self, dims: frozenset[tuple[int, int]]) -> str:
         """(argument leaf, dimension) pairs in words."""
-        names = [spec.target for spec in self.program.inputs if spec.kind is InputKind.USER]
-        return ", ".join(f"{names[leaf]} dimension {dim}" for leaf, dim in sorted(dims))
+        return ", ".join(f"{self.arguments[leaf]} dimension {dim}" for leaf, dim in sorted(dims))
+
+    @cached_property
+    def _places(self) -> dict[ModelState, list[int]]:
+        return {}
+
+    def places(self, state: ModelState) -> list[int]:
+        """Where the graph's inputs stand among a model's parameters and buffers, the constants and arguments, in a row.
+
+        Raises KeyError for a parameter or buffer that no module has under this name.
+        """
+        if state not in self._places:
+            constants = itertools.count(len(state.names))
+            arguments = itertools.count(len(state.names) + len(self.constants))
+            further = {InputKind.CONSTANT: constants, InputKind.USER: arguments}
+            self._places[state] = [
+                next(further[spec.kind]) if spec.kind in further else state.places[spec.target]
+                for spec in self.program.inputs
+            ]
+        return self._places[state]
+
+    @cached_property
+    def arguments(self) -> list[str]:
+        """The names of the argument leaves, as the model's forward calls them."""
+        return [spec.target for spec in self.program.inputs if spec.kind is InputKind.USER]
+
+    @cached_property
+    def constants(self) -> tuple[Tensor, ...]:
+        """The graph's inputs that are the same in every call."""
+        return tuple(spec.constant for spec in self.program.inputs if spec.constant is not None)
+
+    def bound(self, given: GivenCall) -> BoundCall | None:
+        """A call by this program; None where it does not hold for the sizes, or for values that it has as constants."""
+        sizes = self.binder.bind(given.leaves)
+        if sizes is None:
+            return None
+        bound = BoundCall(self, given, sizes)
+        is_fitting = not self.program.pins or self._has_pinned_values(bound.inputs())
+        return bound if is_fitting else None
+
+    def _has_pinned_values(self, inputs: list[Any]) -> bool:
+        pins = {pin.input: pin.value for pin in self.program.pins}
+        named = zip((spec.node for spec in self.program.inputs), inputs, strict=True)
+        return all(torch.equal(value, pins[name]) for name, value in named if name in pins)
 
     def admits(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the program holds for a call's sizes, and for the values that it holds as constants."""
         if self.binder.bind(pytree.tree_leaves((args, kwargs))) is None:
             return False
-        pins = {pin.input: pin.value for pin in self.program.pins}
-        if not pins:
-            return True
-        values = graph_inputs(self.program, model, args, kwargs)
-        named = zip((spec.node for spec in self.program.inputs), values, strict=True)
-        return all(torch.equal(value, pins[name]) for name, value in named if name in pins)
+        return not self.program.pins or self._has_pinned_values(graph_inputs(self.program, model, args, kwargs))
 
     def sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
         """The sizes of a call that the program holds for."""
         sizes = self.binder.bind(pytree.tree_leaves((args, kwargs)))
         assert sizes is not None
         return sizes
+
+
+@dataclass(frozen=True, eq=False)
+class BoundCall:
+    """A call with the program that holds for it and its sizes."""
+
+    captured: CapturedCall
+    given: GivenCall
+    sizes: Sizes
+
+    @property
+    def has_values(self) -> bool:
+        """Whether none of its inputs is of the meta device or fake."""
+        return self.given.live.has_values and all(map(has_values, (*self.given.leaves, *self.captured.constants)))
+
+    def inputs(self) -> list[Any]:
+        """The values of the graph's placeholders, parameters as they are in this call."""
+        given = self.given
+        try:
+            places = self.captured.places(given.live.state)
+        except KeyError:
+            return graph_inputs(self.captured.program, given.model, given.args, given.kwargs)
+        values = [*given.live.tensors, *self.captured.constants, *given.leaves]
+        return [values[place] for place in places]
 
 
 @dataclass(frozen=True)
@@ -124,10 +188,13 @@ class _Family:
     refusal: str = ""
     warned: bool = False
 
-    def fitting(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall | None:
-        """A kept graph that holds for this call."""
-        able = (captured for captured in reversed(self.kept) if torch.is_grad_enabled() in captured.grad_modes)
-        return next((captured for captured in able if captured.admits(model, args, kwargs)), None)
+    def fitting(self, given: GivenCall) -> BoundCall | None:
+        """The call by a kept graph that holds for it."""
+        grad_enabled = torch.is_grad_enabled()
+        for captured in reversed(self.kept):
+            if grad_enabled in captured.grad_modes and (bound := captured.bound(given)) is not None:
+                return bound
+        return None
 
     def varying(self, shapes: Shapes) -> frozenset[tuple[int, int]]:
         """The (leaf, dimension) pairs whose size has differed so far; sizes 0 and 1 are never left open."""
@@ -148,31 +215,41 @@ class Captures:
         self.lock = COMPILING
         self.history: deque[Compilation] = deque(maxlen=100)
         self._families: dict[Any, _Family] = {}
+        self._known = LiveModel()
 
     def call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: frozenset[str], dynamic: bool
     ) -> CapturedCall:
-        """This kind of call, captured at its first use; ops named in ``kept`` stay whole.
+        """This kind of call, as ``bound`` finds or captures it."""
+        return self.bound(model, args, kwargs, kept, dynamic).captured
+
+    def bound(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: frozenset[str], dynamic: bool
+    ) -> BoundCall:
+        """This call with a program, captured at the first call of its kind; ops named in ``kept`` stay whole.
 
         With ``dynamic`` sizes that have differed are left open where the model allows it.
         """
-        with TRACING:
-            key = (call_key(model, args, kwargs), kept, dynamic)
+        given = GivenCall.of(self._known, model, args, kwargs)
+        key = (given.key(), kept, dynamic)
         try:
             family = self._families.get(key)
         except TypeError:
             # Only what can be hashed can be told apart from other calls.
             raise (unsupported_argument(args, kwargs) or TypeError(f"{type(model).__name__}: no key")) from None
-        found = family.fitting(model, args, kwargs) if family is not None else None
+        found = family.fitting(given) if family is not None else None
         if found is not None:
             return found
         with self.lock:
             family = self._families.setdefault(key, _Family())
-            found = family.fitting(model, args, kwargs)
+            found = family.fitting(given)
             if found is None:
                 _check_devices(model, args, kwargs)
-                found = self._captured(family, model, args, kwargs, kept, dynamic)
-                self._keep(family, found, model, dynamic)
+                captured = self._captured(family, model, args, kwargs, kept, dynamic)
+                self._keep(family, captured, model, dynamic)
+                # Tracing runs the model, which may make parameters or buffers anew.
+                given = GivenCall.of(self._known, model, args, kwargs)
+                found = BoundCall(captured, given, captured.sizes(args, kwargs))
             return found
 
     @property
@@ -288,41 +365,6 @@ def _capture(
     modes = {grad_enabled} if depends_on_grad_mode(stages) else {False, True}
     with without_autocast():
         return CapturedCall(stages, compile_forward(stages), frozenset(modes))
-
-
-def call_key(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Everything but sizes that decides what a call compiles to: arguments, parameters, training flags, autocast.
-
-    Raises HookError for hooks that no compiled call would run.
-    """
-    leaves, tree = pytree.tree_flatten((args, kwargs))
-    owners: dict[int, int] = {}
-    weights = []
-    for name, value in [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]:
-        owner = owners.setdefault(id(value), len(owners))
-        weights.append((name, owner, value.shape, value.dtype, value.device, value.requires_grad))
-    modules = list(model.modules())
-    training = tuple(module.training for module in modules)
-    refuse_hooks(model, [module for module in modules if _has_hooks(module)])
-    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-    autocast = current_autocast(devices)
-    trained = tuple(map(is_trained, leaves)) if autocast.dtypes else ()
-    return tuple(map(_leaf_key, leaves)), tree, tuple(weights), training, autocast, trained
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs any hook; asked of every module at every call."""
-    forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
-
-
-def _leaf_key(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return ("tensor", leaf.dim(), leaf.dtype, leaf.device)
-    return (type(leaf), leaf)
 
 
 def _check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -22,14 +22,20 @@ KINDS = {
 
 
 def refuse_hooks(model: nn.Module, hooked: Iterable[nn.Module]) -> None:
-    """Raise HookError for a hook on one of the modules ``hooked``, or on every module, that a graph would lose."""
+    """Raise HookError for a hook on one of the modules ``hooked`` that a graph would lose."""
+    modules = list(hooked)
     for attribute, kind in KINDS.items():
-        for module in hooked:
-            # A copy, since another thread that traces the model adds a hook of ours for the time being.
+        for module in modules:
+            # A copy, since another thread may add a hook of ours for the time being.
             for hook in list(vars(module)[attribute].values()):
                 if not _is_traceable(hook):
                     path = next(name for name, known in model.named_modules() if known is module)
                     raise HookError(kind=kind, hook=_name(hook), module=path or "(the model itself)")
+
+
+def refuse_global_hooks() -> None:
+    """Raise HookError for a hook on every module that a graph would lose."""
+    for attribute, kind in KINDS.items():
         for hook in getattr(globals_of_torch, f"_global{attribute}").values():
             if not _is_traceable(hook):
                 raise HookError(kind=f"global {kind}", hook=_name(hook), module="(every module)")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from lrp_compiler.random_numbers import RandomNumbers, devices_of, draws_repeate
 
 _MAPPING = threading.Lock()
 """Filters of warnings belong to the process; two threads that change them at once would not put them back."""
+
+_CHANGES = attrgetter("_version")
 
 Results = list[tuple[Result, Tensor]]
 
@@ -136,10 +139,10 @@ class Recording:
 
     def _bound(self, inputs: list[Any]) -> Sizes:
         """The sizes of this call; raises SizesError when code that has been generated does not hold for them."""
-        users = [value for spec, value in zip(self.program.inputs, inputs, strict=True) if spec.kind is InputKind.USER]
-        sizes = self._call.binder.bind(users)
+        arguments = self._call.binder.arguments_of(inputs)
+        sizes = self._call.binder.bind(arguments)
         if sizes is None:
-            shapes = ", ".join(str(tuple(value.shape)) for value in users if isinstance(value, Tensor))
+            shapes = ", ".join(str(tuple(value.shape)) for value in arguments if isinstance(value, Tensor))
             raise SizesError(shapes=shapes)
         return sizes
 
@@ -284,11 +287,12 @@ class Recording:
 
     def check_fresh(self) -> None:
         """Raise StaleTapeError when an input or parameter changed since the forward pass."""
-        for spec in self.program.inputs:
-            value = self._inputs[spec.node]
-            if self._versions[spec.node] != _version(value):
-                what = "the input" if spec.kind is InputKind.USER else f"the {spec.kind.value}"
-                raise StaleTapeError(name=f"{what} {spec.target}")
+        now = _versions(self._inputs.values())
+        if now == list(self._versions.values()):
+            return
+        spec = next(s for s, version in zip(self.program.inputs, now, strict=True) if version != self._versions[s.node])
+        what = "the input" if spec.kind is InputKind.USER else f"the {spec.kind.value}"
+        raise StaleTapeError(name=f"{what} {spec.target}")
 
 
 def _of_shape(value: Tensor) -> Tensor:
@@ -337,13 +341,21 @@ def write_back(mutations: tuple[Mutation, ...], inputs: dict[str, Any], values: 
 
 def _protected(program: Program, inputs: list[Any]) -> dict[str, Any]:
     """The inputs by name; those the model overwrites are cloned, so that the tape keeps what was read."""
-    overwritten = {mutation.input for mutation in program.mutations}
-    named = zip((spec.node for spec in program.inputs), inputs, strict=True)
-    return {name: value.clone() if name in overwritten else value for name, value in named}
+    kept = dict(zip((spec.node for spec in program.inputs), inputs, strict=True))
+    for mutation in program.mutations:
+        kept[mutation.input] = kept[mutation.input].clone()
+    return kept
+
+
+def _versions(values: Collection[Any]) -> list[int | None]:
+    """How often each tensor was changed in place; None where torch keeps no count (inference tensors, numbers)."""
+    try:
+        return list(map(_CHANGES, values))
+    except (AttributeError, RuntimeError):
+        return [_version(value) for value in values]
 
 
 def _version(value: Any) -> int | None:
-    """A tensor's count of in-place changes; None where torch keeps none (inference tensors, numbers)."""
     if not isinstance(value, Tensor) or value.is_inference():
         return None
     return value._version

@@ -59,9 +59,12 @@ def name_list(names: object, argument: str) -> list[str]:
     return list(found)
 
 
-def resolve_sites(program: Program, names: list[str]) -> list[SiteRef]:
-    """The sites that ``names`` (exact or glob) stand for, in order; raises UnknownSiteError."""
-    table = site_table(program)
+def resolve_sites(program: Program, names: list[str], table: dict[str, SiteRef] | None = None) -> list[SiteRef]:
+    """The sites that ``names`` (exact or glob) stand for, in order; raises UnknownSiteError.
+
+    ``table``, the program's, saves making it anew.
+    """
+    table = site_table(program) if table is None else table
     found: dict[str, SiteRef] = {}
     for name in names:
         if name in table:

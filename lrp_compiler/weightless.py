@@ -12,10 +12,15 @@ from lrp_compiler.passes.errors import NoValuesError
 from lrp_compiler.passes.program import Program
 
 
+def has_values(value: Any) -> bool:
+    """Whether a value is more than a shape."""
+    return not isinstance(value, Tensor) or not (isinstance(value, FakeTensor) or value.is_meta)
+
+
 def without_values(program: Program, inputs: Iterable[Any]) -> str | None:
     """The first of a graph's inputs, parameters or buffers that has no values, if there is one."""
     for spec, value in zip(program.inputs, inputs, strict=True):
-        if isinstance(value, FakeTensor) or (isinstance(value, Tensor) and value.is_meta):
+        if not has_values(value):
             return spec.target
     return None
 

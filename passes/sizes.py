@@ -132,7 +132,8 @@ class SizeBinder:
 
     def __init__(self, program: Program) -> None:
         nodes = program.nodes_by_name()
-        users = [nodes[spec.node].meta.get("val") for spec in program.inputs if spec.kind is InputKind.USER]
+        self._arguments = [place for place, spec in enumerate(program.inputs) if spec.kind is InputKind.USER]
+        users = [nodes[program.inputs[place].node].meta.get("val") for place in self._arguments]
         self.inputs = [(at, fake) for at, fake in enumerate(users) if isinstance(fake, torch.Tensor)]
         self.environment: ShapeEnv | None = program.fake_mode.shape_env
         self._known: dict[tuple[Any, ...], Sizes | None] = {}
@@ -143,6 +144,10 @@ class SizeBinder:
         """The (argument leaf, dimension) pairs whose size may differ from call to call."""
         sizes = ((at, dim, size) for at, fake in self.inputs for dim, size in enumerate(fake.shape))
         return frozenset((at, dim) for at, dim, size in sizes if not is_settled(size))
+
+    def arguments_of(self, inputs: Sequence[Any]) -> list[Any]:
+        """The argument leaves of a call among the inputs of its graph."""
+        return [inputs[place] for place in self._arguments]
 
     def bind(self, leaves: Sequence[Any]) -> Sizes | None:
         """The sizes of a call with these argument leaves; None when the program does not hold for them."""

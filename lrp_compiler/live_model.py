@@ -1,0 +1,232 @@
+"""A model as it is at one call: its parameters and buffers, and what else of it decides what calls compile to.
+
+Everything is read anew at every call. While nothing has changed since the last one, that takes a few comparisons for
+every module and parameter; else the model is walked again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
+
+from lrp_compiler.hooks import KINDS, refuse_global_hooks, refuse_hooks
+from lrp_compiler.passes.cast_explicitly import without_autocast
+from lrp_compiler.weightless import has_values
+
+Contents = dict[str, Any]
+"""What a module keeps under its own names: ``vars`` of it, or one of the dicts in there."""
+
+ATTRIBUTES = attrgetter("shape", "dtype", "device", "requires_grad")
+"""What code depends on of a parameter; assigning ``data`` changes it in place and leaves no other trace."""
+
+Row = tuple[Contents, Contents, Contents, Contents, bool]
+"""The ``vars`` of a module; parameters, buffers, children and training flag in there."""
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What of a model decides what its calls compile to, hashed once.
+
+    ``weights`` holds, of every parameter and buffer, which of them it is tied to and its ATTRIBUTES; ``training`` the
+    flag of every module.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[tuple[Any, ...], ...]
+    training: tuple[bool, ...]
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The place of each name."""
+        return {name: place for place, name in enumerate(self.names)}
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.names, self.weights, self.training))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """The state of a model at one call, its parameters and buffers by place, and whether these are more than shapes."""
+
+    state: ModelState
+    tensors: list[Tensor]
+    has_values: bool
+
+
+class LiveModel:
+    """Reads one model again and again; safe to share between threads that hold ``TRACING``."""
+
+    def __init__(self) -> None:
+        self._last: _Witness | None = None
+
+    def read(self, model: nn.Module) -> Live:
+        """The model as it is now; raises HookError for hooks that no compiled call would run."""
+        refuse_global_hooks()
+        last = self._last
+        if last is not None and last.model is model and (tensors := last.unchanged()) is not None:
+            return Live(last.state, tensors, last.has_values)
+        self._last, live = _walk(model)
+        return live
+
+
+@dataclass(frozen=True, eq=False)
+class _Witness:
+    """What was seen when a model was walked, in the form in which it is compared the fastest.
+
+    ``slots`` are where parameters and buffers are kept, ``identities`` their ids, from which follows what is tied;
+    ``fixed`` is what else must be the same object: children, and parameters that are None. ``empty`` and ``filled``
+    (with their ``lengths``) are the dicts of all modules, ``hooks`` their hooks by id of ``vars``. ``guards`` compare
+    tensors, with inference mode off and on; they take none twice, and ``distinct`` are the places of those they take.
+    """
+
+    model: nn.Module
+    state: ModelState
+    has_values: bool
+    modules: list[Row]
+    hooks: dict[int, tuple[Any, ...]]
+    fixed: list[tuple[Contents, str, Any]]
+    slots: list[tuple[Contents, str]]
+    empty: tuple[Contents, ...]
+    filled: list[Contents]
+    lengths: list[int]
+    identities: list[int]
+    distinct: list[int]
+    attributes: list[Any]
+    guards: dict[bool, TensorGuards] = field(default_factory=dict)
+
+    def unchanged(self) -> list[Tensor] | None:
+        """Parameters and buffers by place, if the model is in the same state."""
+        try:
+            if not self._same_modules():
+                return None
+            tensors = [kept[name] for kept, name in self.slots]
+        except KeyError:
+            return None
+        return tensors if self._same_tensors(tensors) else None
+
+    def _same_modules(self) -> bool:
+        for contents, parameters, buffers, children, training in self.modules:
+            if (
+                contents["_parameters"] is not parameters
+                or contents["_buffers"] is not buffers
+                # Deleting from a Sequential gives it another dict.
+                or contents["_modules"] is not children
+                or contents["training"] is not training
+                or (
+                    (
+                        contents["_forward_hooks"]
+                        or contents["_forward_pre_hooks"]
+                        or contents["_backward_hooks"]
+                        or contents["_backward_pre_hooks"]
+                    )
+                    and self.hooks.get(id(contents)) != _hooks_of(contents)
+                )
+            ):
+                return False
+        if any(self.empty) or list(map(len, self.filled)) != self.lengths:
+            return False
+        return not [name for kept, name, value in self.fixed if kept[name] is not value]
+
+    def _same_tensors(self, tensors: list[Tensor]) -> bool:
+        if list(map(id, tensors)) != self.identities:
+            return False
+        if not tensors:
+            return True
+        # What dispatches differently is another tensor to the guards.
+        mode = torch.is_inference_mode_enabled()
+        guards = self.guards.get(mode)
+        distinct = [tensors[place] for place in self.distinct]
+        with without_autocast():
+            if guards is not None and guards.check(*distinct):
+                return True
+            if list(map(ATTRIBUTES, tensors)) != self.attributes:
+                return False
+            if guards is None:
+                self.guards[mode] = _guards(distinct)
+        return True
+
+
+def _walk(model: nn.Module) -> tuple[_Witness | None, Live]:
+    """The model as it is now, and what witnesses that it stays so (None for modules that keep things their own way)."""
+    paths: list[tuple[str, nn.Module]] = []
+    _add_paths(paths, model, "")
+    modules = list({id(module): module for _, module in paths}.values())
+    refuse_hooks(model, filter(_has_hooks, modules))
+    slots = {
+        path + name: (kept, name)
+        for kind in ("_parameters", "_buffers")
+        for path, module in paths
+        for kept in (getattr(module, kind),)
+        for name, value in kept.items()
+        if value is not None
+    }
+    tensors = [kept[name] for kept, name in slots.values()]
+    owners: dict[int, int] = {}
+    tied = [owners.setdefault(id(tensor), len(owners)) for tensor in tensors]
+    weights = tuple(zip(tied, map(ATTRIBUTES, tensors), strict=True))
+    state = ModelState(tuple(slots), weights, tuple(module.training for module in modules))
+    live = Live(state, tensors, all(map(has_values, tensors)))
+    try:
+        return _witness(model, modules, list(slots.values()), live), live
+    except KeyError:
+        return None, live
+
+
+def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Contents, str]], live: Live) -> _Witness:
+    rows = [_row(vars(module)) for module in modules]
+    dicts = [kept for _, *three, _ in rows for kept in three]
+    filled = [kept for kept in dicts if kept]
+    identities = list(map(id, live.tensors))
+    return _Witness(
+        model=model,
+        state=live.state,
+        has_values=live.has_values,
+        modules=rows,
+        hooks={id(vars(module)): _hooks_of(vars(module)) for module in filter(_has_hooks, modules)},
+        fixed=[(kept, name, value) for kept in filled for name, value in kept.items() if not isinstance(value, Tensor)],
+        slots=slots,
+        empty=tuple(kept for kept in dicts if not kept),
+        filled=filled,
+        lengths=list(map(len, filled)),
+        identities=identities,
+        distinct=list({one: place for place, one in enumerate(identities)}.values()),
+        attributes=list(map(ATTRIBUTES, live.tensors)),
+    )
+
+
+def _row(contents: Contents) -> Row:
+    return contents, contents["_parameters"], contents["_buffers"], contents["_modules"], contents["training"]
+
+
+def _add_paths(paths: list[tuple[str, nn.Module]], module: nn.Module, path: str) -> None:
+    """Add a module and all below with the starts of their names, one that has several names under each of them."""
+    paths.append((path, module))
+    for name, child in module._modules.items():
+        if child is not None:
+            _add_paths(paths, child, f"{path}{name}.")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _hooks_of(contents: Contents) -> tuple[Any, ...]:
+    return tuple(hook for kind in KINDS for hook in (kind, *list(contents[kind].values())))
+
+
+def _guards(tensors: list[Tensor]) -> TensorGuards:
+    """What compares types, sizes, dtypes, devices and gradient flags of all tensors at once."""
+    sizes = [list(tensor.shape) for tensor in tensors]
+    strides: list[list[int | None]] = [[None] * len(shape) for shape in sizes]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
