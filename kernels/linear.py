@@ -104,12 +104,15 @@ def convolution_transpose(
 ) -> Tensor:
     """The transpose of a convolution: ``c`` (N, C_out, ...) -> ``input_shape`` (N, C_in, ...).
 
-    The backward op takes the input for its shape only, so memory that nobody fills stands in for it.
+    The backward op takes the input for its shape only, so memory that nobody fills stands in for it; where sizes are
+    known, torch's transposed convolution does without.
     """
-    if c.device.type == "cpu" and not transposed and groups == 1 and set(dilation) == {1} and max(stride) > 1:
-        made = strided.transpose(c, weight, input_shape, stride, padding)
-        if made is not None:
-            return made
+    is_known = all(isinstance(size, int) for size in (*c.shape, *input_shape))
+    if c.device.type == "cpu" and not transposed and is_known:
+        made = None
+        if groups == 1 and set(dilation) == {1} and max(stride) > 1:
+            made = strided.transpose(c, weight, input_shape, stride, padding)
+        return strided.transposed(c, weight, input_shape, stride, padding, dilation, groups) if made is None else made
     shape_only = c.new_empty(input_shape)
     result: Any = aten.convolution_backward.default(
         c,

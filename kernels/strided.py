@@ -1,10 +1,11 @@
-"""Transposes of strided convolutions without the products with zeros that a strided backward pass makes on CPU."""
+"""Transposes of convolutions on CPU: strided ones without the products with zeros that a backward pass makes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,8 +21,6 @@ def transpose(c: Tensor, weight: Tensor, input_shape: Sizes, stride: Sizes, padd
     ``c`` (N, C_out, ...), ``weight`` (C_out, C_in, ...) -> ``input_shape`` (N, C_in, ...).
     """
     kernel = list(weight.shape[2:])
-    if not all(isinstance(size, int) for size in (*c.shape[2:], *input_shape[2:])):
-        return None
     if kernel == list(stride) and not any(padding):
         rows = weight.flatten(1).t().matmul(c.flatten(2))
         return side_by_side(rows.reshape([c.shape[0], weight.shape[1], *kernel, *c.shape[2:]]), input_shape)
@@ -31,6 +30,16 @@ def transpose(c: Tensor, weight: Tensor, input_shape: Sizes, stride: Sizes, padd
     if len(kernel) == 2 and stride[0] == stride[1] and weight.shape[1] * math.prod(stride) <= BLOCK:
         return by_phases(c, weight, input_shape, stride[0], padding)
     return None
+
+
+def transposed(
+    c: Tensor, weight: Tensor, input_shape: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> Tensor:
+    """Any convolution's transpose as torch's transposed convolution, ``c`` (N, C_out, ...) -> ``input_shape``."""
+    geometry = zip(input_shape[2:], c.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    rest = [size - ((have - 1) * s - 2 * p + d * (k - 1) + 1) for size, have, k, s, p, d in geometry]
+    made: Tensor = torch.ops.aten.convolution.default(c, weight, None, stride, padding, dilation, True, rest, groups)
+    return made
 
 
 def side_by_side(tiles: Tensor, input_shape: Sizes) -> Tensor:

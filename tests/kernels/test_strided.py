@@ -49,3 +49,17 @@ def test_strided_transposes_are_torchs(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     mapped = torch.vmap(lambda seed: convolution_transpose(seed, weight, list(x.shape), *options))(torch.stack([c, -c]))
     torch.testing.assert_close(mapped, torch.stack([expected, -expected]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "groups"), [(1, 1, 1, 1), (3, 2, 1, 2), (2, 0, 3, 4), (1, 2, 2, 1)]
+)
+def test_any_transpose_is_torchs(dims: int, stride: int, padding: int, dilation: int, groups: int) -> None:
+    x = torch.randn(2, 4, *(12, 11, 10)[:dims], dtype=torch.float64)
+    weight = torch.randn(8, 4 // groups, *[3] * dims, dtype=torch.float64)
+    options: tuple[Any, ...] = ([stride] * dims, [padding] * dims, [dilation] * dims, False, [0] * dims, groups)
+    c = torch.randn_like(aten.convolution.default(x, weight, None, *options))
+    expected = aten.convolution_backward.default(c, x, weight, None, *options, [True, False, False])[0]
+    found = convolution_transpose(c, weight, list(x.shape), *options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
