@@ -375,12 +375,13 @@ def test_names_tell_the_value_whatever_was_asked() -> None:
         kept.append(recording._saved.known)
     pooled = "max_pool2d_with_indices_default_output1"
     relus = (
+        # Of what the first ReLU makes its pooling alone is masked.
+        "getitem_is_not_zero_9f4a3fe9",
         "relu_default_1_is_not_zero_5b32342a",
         "relu_default_2_is_not_zero_22820176",
-        "relu_default_is_not_zero_ea55a628",
         "relu_is_not_zero_a11a4411",
     )
-    assert sorted(kept[0]) == [pooled, *relus]
+    assert sorted(kept[0]) == sorted([pooled, *relus])
     for one, other in itertools.combinations(kept, 2):
         shared = one.keys() & other.keys()
         assert shared
