@@ -1,4 +1,4 @@
-"""Masks and signs as bits: an eighth of a byte per element and plane, where a mask takes one byte and a value four.
+"""Masks and signs as bytes and bits: a byte, or an eighth of one per element and plane, where a value takes four.
 
 Eight bytes of 0 or 1 are read as one integer, so that one product collects or spreads them; comparisons of floats are
 several times slower on CPU than clamping and casting, so there are none.
@@ -21,6 +21,22 @@ BIT_OF_EACH = 0x8040201008040201 - (1 << 64)
 """Bit k of byte k."""
 TO_HIGHEST = 0x7F7F7F7F7F7F7F7F
 """Added to bytes with one bit or none, this leaves the highest bit set where there was one."""
+
+
+def is_positive(x: Tensor) -> Tensor:
+    """Where ``x`` is not <= 0 (as in the derivative of ReLU, NaN counts), as bool."""
+    return x.clamp(min=0).to(torch.bool)
+
+
+def is_not_zero(x: Tensor) -> Tensor:
+    """The same of what cannot be negative."""
+    return x.to(torch.bool)
+
+
+def of_positive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where the tensor was not <= 0, else 0."""
+    # As integers: from bool torch converts element by element.
+    return mask.view(torch.uint8).to(dtype)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -48,18 +64,13 @@ def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def pack_positive(x: Tensor) -> Tensor:
-    """Where ``x`` is not <= 0 (as in the derivative of ReLU, NaN counts), as bits."""
-    return pack_bits(x.clamp(min=0).to(torch.bool))
-
-
-def unpack_positive(bits: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """1 where the packed tensor was not <= 0, else 0."""
-    return _bytes(bits, shape).to(dtype)
+    """``is_positive`` as bits."""
+    return pack_bits(is_positive(x))
 
 
 def unpack_quotient(bits: Tensor, shape: Sequence[int], dtype: torch.dtype, divisor: float) -> Tensor:
     """1 / ``divisor`` where the packed tensor was not <= 0, else 0."""
-    return unpack_positive(bits, shape, dtype).div_(divisor)
+    return _bytes(bits, shape).to(dtype).div_(divisor)
 
 
 def pack_sign(x: Tensor) -> Tensor:

@@ -35,24 +35,26 @@ def window_offsets(indices: Tensor, input_sizes: Sequence[int], geometry: Geomet
     ``input_sizes`` are those of the spatial dimensions; a window has 256 places at most.
     """
     kernel, _, _, dilation = geometry
-    offsets, left, place = torch.zeros_like(indices), indices, 1
+    # Integers are divided one by one, floats in vectors; below this size float32 tells (i + 1/2) / n from a whole one.
+    dtype = torch.float32 if math.prod(input_sizes) < 2**22 else torch.float64
+    left, place = indices.to(dtype), 1
+    offsets = torch.zeros_like(left)
     for dim in reversed(range(len(kernel))):
-        at = left % input_sizes[dim]
-        left = left.div(input_sizes[dim], rounding_mode="floor")
-        steps = (at - _corner(dim, indices, geometry)).div_(dilation[dim], rounding_mode="floor")
-        offsets += steps.mul_(place)
-        place *= kernel[dim]
-    return offsets.to(torch.uint8)
+        above = (left + 0.5).div_(input_sizes[dim]).floor_()
+        steps = left.sub_(above * input_sizes[dim]).sub_(_corner(dim, indices, geometry))
+        offsets.add_(steps, alpha=place / dilation[dim])
+        left, place = above, place * kernel[dim]
+    return offsets.round_().to(torch.uint8)
 
 
 def indices_of_offsets(offsets: Tensor, input_sizes: Sequence[int], geometry: Geometry) -> Tensor:
     """The flat indices that ``window_offsets`` was given."""
     kernel, _, _, dilation = geometry
-    left, place = offsets.to(torch.int64), 1
-    indices = torch.zeros_like(left)
+    place, corners = 1, torch.zeros([], dtype=torch.int64, device=offsets.device)
+    inside = corners
     for dim in reversed(range(len(kernel))):
-        at = (left % kernel[dim]).mul_(dilation[dim]).add_(_corner(dim, offsets, geometry))
-        left = left.div(kernel[dim], rounding_mode="floor")
-        indices += at.mul_(place)
+        steps = torch.arange(kernel[dim], device=offsets.device) * (dilation[dim] * place)
+        inside = steps.view([-1] + [1] * (len(kernel) - 1 - dim)) + inside
+        corners = corners + _corner(dim, offsets, geometry) * place
         place *= input_sizes[dim]
-    return indices
+    return inside.flatten()[offsets.to(torch.int32)].add_(corners)

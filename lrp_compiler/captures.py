@@ -123,12 +123,6 @@ class CapturedCall:
         named = zip((spec.node for spec in self.program.inputs), inputs, strict=True)
         return all(torch.equal(value, pins[name]) for name, value in named if name in pins)
 
-    def admits(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the program holds for a call's sizes, and for the values that it holds as constants."""
-        if self.binder.bind(pytree.tree_leaves((args, kwargs))) is None:
-            return False
-        return not self.program.pins or self._has_pinned_values(graph_inputs(self.program, model, args, kwargs))
-
     def sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
         """The sizes of a call that the program holds for."""
         sizes = self.binder.bind(pytree.tree_leaves((args, kwargs)))

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.captures import CapturedCall, Captures
+from lrp_compiler.captures import BoundCall, CapturedCall, Captures
 from lrp_compiler.composites import AUTO, choose_composite, composite_named
 from lrp_compiler.options import Options
 from lrp_compiler.passes.backend import Backend
@@ -24,7 +24,7 @@ from lrp_compiler.passes.program import Constant, Program, Reading, Request, fac
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.sizes import Size, SizeBinder, Sizes
 from lrp_compiler.registry import with_rules
-from lrp_compiler.sites import readings_of, resolve_sites
+from lrp_compiler.sites import SiteRef, readings_of, resolve_sites, site_table
 
 
 @dataclass
@@ -63,6 +63,12 @@ class ExplainedCall:
             self.executables[request] = emit(self.stages, request, self.goal, self.backend)
         return self.executables[request]
 
+    @cached_property
+    def sites(self) -> dict[str, SiteRef]:
+        """Every site of the call by label."""
+        return site_table(self.program)
+
+    @cached_property
     def explainable_outputs(self) -> dict[str, int]:
         """The outputs that relevance can start from: name -> leaf index."""
         program = self.program
@@ -75,7 +81,7 @@ class ExplainedCall:
 
     def chosen_output(self, name: str | None) -> int:
         """The output to explain: the one asked for, else ``logits``, else the first; raises OutputError."""
-        outputs = self.explainable_outputs()
+        outputs = self.explainable_outputs
         known = ", ".join(outputs) or "none"
         if name is not None:
             if name not in outputs:
@@ -101,10 +107,14 @@ class Compiler:
         self._lock = self.captures.lock
 
     def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
-        """This kind of call, captured; ops that the user has rules for are kept whole."""
+        """This kind of call, captured."""
+        return self.bound(model, args, kwargs).captured
+
+    def bound(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundCall:
+        """This call with its program; ops that the user has rules for are kept whole."""
         # The interpreter runs the graph as it is, on plain numbers.
         dynamic = self.options.dynamic and not self.options.reference
-        return self.captures.call(model, args, kwargs, frozenset(self.options.rules), dynamic)
+        return self.captures.bound(model, args, kwargs, frozenset(self.options.rules), dynamic)
 
     def explain(
         self, call: CapturedCall, attributed: tuple[str, ...] | None, varied: tuple[str, ...] = ()

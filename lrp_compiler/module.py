@@ -13,23 +13,23 @@ from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.baselines import Baseline, Baselines, named_inputs, reference_inputs
-from lrp_compiler.captures import Captures, Compilation
+from lrp_compiler.captures import BoundCall, Captures, Compilation
 from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
 from lrp_compiler.coverage import Coverage, measure_coverage
 from lrp_compiler.options import Options
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.errors import ArgumentError, BaselineError, HookError, LRPError, UnknownInputError
 from lrp_compiler.passes.pipeline import Stage
-from lrp_compiler.passes.program import InputKind, Request, graph_inputs
+from lrp_compiler.passes.program import Request
 from lrp_compiler.passes.rules.base import Composite
-from lrp_compiler.questions import one_row
+from lrp_compiler.questions import Asked, one_row, prepared_for_rows
 from lrp_compiler.random_numbers import DRAWING
 from lrp_compiler.recording import write_back
 from lrp_compiler.report import Report, make_report, measured_conservation
 from lrp_compiler.seeds import Predicted, Target, reads_output
-from lrp_compiler.sites import name_list, readings_of, resolve_sites
-from lrp_compiler.tape import Asked, Names, Tape
-from lrp_compiler.weightless import require_values, without_values
+from lrp_compiler.sites import Names, name_list, readings_of, resolve_sites
+from lrp_compiler.tape import Tape
+from lrp_compiler.weightless import require_values
 
 
 class LRPModule(nn.Module):
@@ -133,18 +133,18 @@ class LRPModule(nn.Module):
             return self._model(*args, **kwargs)
         kwargs = dict(sorted(kwargs.items()))
         try:
-            call = self._compiler.call(self._model, args, kwargs)
+            call = self._compiler.bound(self._model, args, kwargs)
         except HookError:
             return self._model(*args, **kwargs)
-        program = call.forward.program
-        inputs = graph_inputs(program, self._model, args, kwargs)
-        sizes = call.sizes(args, kwargs)
-        with without_autocast(), DRAWING if call.is_random else contextlib.nullcontext():
-            values = call.forward.forward(sizes, *inputs)
+        executable = call.captured.forward
+        program, inputs = executable.program, call.inputs()
+        with without_autocast(), DRAWING if call.captured.is_random else contextlib.nullcontext():
+            values = executable.forward(call.sizes, *inputs)
         outputs = len(values) - len(program.mutations)
-        names = [spec.node for spec in program.inputs]
-        write_back(program.mutations, dict(zip(names, inputs, strict=True)), list(values[outputs:]))
-        return rebuild_output(program, list(values[:outputs]), sizes)
+        if program.mutations:
+            names = [spec.node for spec in program.inputs]
+            write_back(program.mutations, dict(zip(names, inputs, strict=True)), list(values[outputs:]))
+        return rebuild_output(program, list(values[:outputs]), call.sizes)
 
     def run(
         self,
@@ -168,14 +168,13 @@ class LRPModule(nn.Module):
         need ids. Inputs that are neither attributed nor named keep their value. The reference run repeats this run's
         random numbers and updates no buffers. Raises BaselineError, and NoValuesError for meta and fake tensors.
         """
-        kwargs = dict(sorted(kwargs.items()))
-        tape = self._opened(args, kwargs, at, wrt, baselines, keeps_outputs=outputs)
+        call = self._compiler.bound(self._model, args, dict(sorted(kwargs.items())))
+        tape = self._opened(call, at, wrt, baselines, keeps_outputs=outputs)
         return (tape.record() if outputs else None), tape
 
     def _opened(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        call: BoundCall,
         at: Names,
         wrt: Names,
         baselines: Baselines,
@@ -185,26 +184,23 @@ class LRPModule(nn.Module):
     ) -> Tape:
         """The tape of one call before its forward pass; one for ``once`` gives values up while it answers."""
 
-        def usual(explained: ExplainedCall) -> Request:
+        def usual(call: BoundCall, explained: ExplainedCall) -> Request:
             request = default_request(explained, at, self._options)
-            return request if keeps_outputs else one_row(explained.program, request)
+            if not keeps_outputs:
+                return one_row(explained.program, request)
+            return prepared_for_rows(self._compiler, explained, request)
 
-        explained, _ = self._prepared(args, kwargs, wrt, named_inputs(baselines), usual)
-        return self._tape(explained, args, kwargs, at, baselines, once)
+        call, explained, request = self._prepared(call, wrt, named_inputs(baselines), usual)
+        whole = request if keeps_outputs else default_request(explained, at, self._options)
+        return self._tape(call, explained, whole, baselines, once)
 
     def _tape(
-        self,
-        explained: ExplainedCall,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        at: Names,
-        baselines: Baselines,
-        once: bool,
+        self, call: BoundCall, explained: ExplainedCall, request: Request, baselines: Baselines, once: bool
     ) -> Tape:
-        inputs = graph_inputs(explained.program, self._model, args, kwargs)
-        require_values(explained.program, inputs)
+        inputs = call.inputs()
+        if not call.has_values:
+            require_values(explained.program, inputs)
         reference = reference_inputs(explained.program, inputs, baselines)
-        request = default_request(explained, at, self._options)
         tape = Tape(self._model, self._compiler, explained, request, once)
         tape.open(inputs, reference)
         return tape
@@ -237,14 +233,15 @@ class LRPModule(nn.Module):
         more = () if extra is None else tuple(extra) if isinstance(extra, (tuple, list)) else (extra,)
         args, kwargs = (*given, *more), dict(sorted((forward_kwargs or {}).items()))
         with contextlib.nullcontext() if create_graph else torch.no_grad():
-            names = self._user_names(args, kwargs)[: len(pytree.tree_leaves(given))]
+            call = self._compiler.bound(self._model, args, kwargs)
+            names = call.captured.arguments[: len(pytree.tree_leaves(given))]
             references = _by_name(baselines, names)
             once = not (return_convergence_delta or create_graph or self._options.verify != "off")
-            how: dict[str, Any] = {"output": output, "per_dimension": per_dimension, "create_graph": create_graph}
+            how: Any = {"output": output, "per_dimension": per_dimension, "create_graph": create_graph}
             if once and not reads_output(target):
-                found = self._attributed(args, kwargs, names, references, target, how)
+                found = self._attributed(call, names, references, target, how)
             else:
-                tape = self._opened(args, kwargs, None, names, references, once=once)
+                tape = self._opened(call, None, names, references, once=once)
                 tape.record()
                 found = tape.relevance(target, at=names, **how)
             attributions = tuple(found[name] for name in names)
@@ -255,26 +252,20 @@ class LRPModule(nn.Module):
             return result, seeded - sum(a.flatten(1).sum(1) for a in attributions)
 
     def _attributed(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        names: list[str],
-        references: Baselines,
-        target: Target,
-        how: dict[str, Any],
+        self, call: BoundCall, names: list[str], references: Baselines, target: Target, how: dict[str, Any]
     ) -> dict[str, Tensor]:
         """The relevance of inputs for a target that does not look at outputs, which then need not be made."""
         asked: list[tuple[Tape, Asked]] = []
 
-        def ask(explained: ExplainedCall) -> Request:
-            tape = self._tape(explained, args, kwargs, None, references, once=True)
+        def ask(call: BoundCall, explained: ExplainedCall) -> Request:
+            whole = default_request(explained, None, self._options)
+            tape = self._tape(call, explained, whole, references, once=True)
             asked.append((tape, tape.asked(target, names, tape.readout, **how)))
             return asked[-1][1].question.request
 
-        self._prepared(args, kwargs, names, named_inputs(references), ask)
-        tape, question = asked[-1]
-        found: dict[str, Tensor] = tape.answered(question)
-        return found
+        self._prepared(call, names, named_inputs(references), ask)
+        tape, question = asked.pop()
+        return tape.answered(question)  # type: ignore[no-any-return]
 
     def report(self, *args: Any, wrt: Names = None, target: Target = None, **kwargs: Any) -> Report:
         """What the compiler made of this kind of call: coverage, rules, promises, buffers, timings, sites.
@@ -284,15 +275,13 @@ class LRPModule(nn.Module):
         also without one, at each sample's largest output. A model on the meta device or of fake tensors is compiled
         as any other, so that a full-size network needs no memory; nothing is measured of it.
         """
-        kwargs = dict(sorted(kwargs.items()))
-        explained, request = self._usual(args, kwargs, wrt)
+        call, explained, request = self._usual(args, kwargs, wrt)
         stages, executable = self._compiler.emitted(explained, request)
         attribution = self._compiler.emitted(explained, one_row(explained.program, request))[1]
         assert explained.program.composite is not None
         conservation = None
-        inputs = graph_inputs(explained.program, self._model, args, kwargs)
         asked = target is not None or not explained.program.composite.conserves
-        if asked and without_values(explained.program, inputs) is None:
+        if asked and call.has_values:
             with torch.no_grad():
                 _, tape = self.run(*args, wrt=wrt, **kwargs)
             conservation = measured_conservation(tape.ledger(Predicted() if target is None else target))
@@ -324,37 +313,40 @@ class LRPModule(nn.Module):
 
     def stages(self, *args: Any, wrt: Names = None, **kwargs: Any) -> tuple[Stage, ...]:
         """Every pass's output for this kind of call; ``str(stage)`` is a Python program."""
-        return self._compiler.emitted(*self._usual(args, dict(sorted(kwargs.items())), wrt))[0]
+        return self._compiler.emitted(*self._usual(args, kwargs, wrt)[1:])[0]
 
     def _prepared(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        call: BoundCall,
         wrt: Names,
         varied: tuple[str, ...],
-        ask: Callable[[ExplainedCall], Request],
-    ) -> tuple[ExplainedCall, Request]:
+        ask: Callable[[BoundCall, ExplainedCall], Request],
+    ) -> tuple[BoundCall, ExplainedCall, Request]:
         """The compiled form of a call and the request that ``ask`` makes of it, with code that holds for its sizes."""
         attributed = _as_names(wrt)
         while True:
-            call = self._compiler.call(self._model, args, kwargs)
+            captured = call.captured
             try:
-                explained = self._compiler.explain(call, attributed, varied)
-                request = ask(explained)
+                explained = self._compiler.explain(captured, attributed, varied)
+                request = ask(call, explained)
                 self._compiler.emitted(explained, request)
             except Exception as error:
-                if not call.is_symbolic:
+                if not captured.is_symbolic:
                     raise
                 # A rule that cannot do with open sizes gets a graph of this call's own.
-                self._compiler.captures.close(call, f"{type(error).__name__}: {str(error).splitlines()[0]}")
-                continue
-            # Generating code may have asked more of the sizes; the call is then captured for its own.
-            if call.admits(self._model, args, kwargs):
-                return explained, request
+                self._compiler.captures.close(captured, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            else:
+                # Generating code may have asked more of the sizes; the call is then captured for its own.
+                if captured.bound(call.given) is not None:
+                    return call, explained, request
+            call = self._compiler.bound(call.given.model, call.given.args, call.given.kwargs)
 
-    def _usual(self, args: tuple[Any, ...], kwargs: dict[str, Any], wrt: Names) -> tuple[ExplainedCall, Request]:
+    def _usual(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], wrt: Names
+    ) -> tuple[BoundCall, ExplainedCall, Request]:
         """The compiled form of a call and what ``run`` prepares for."""
-        return self._prepared(args, kwargs, wrt, (), lambda explained: default_request(explained, None, self._options))
+        call = self._compiler.bound(self._model, args, dict(sorted(kwargs.items())))
+        return self._prepared(call, wrt, (), lambda _, explained: default_request(explained, None, self._options))
 
     def explained_call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], wrt: Names = None, varied: tuple[str, ...] = ()
@@ -365,11 +357,6 @@ class LRPModule(nn.Module):
         """
         call = self._compiler.call(self._model, args, kwargs)
         return self._compiler.explain(call, _as_names(wrt), varied)
-
-    def _user_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        """The names of the argument leaves, as the model's forward calls them."""
-        program = self._compiler.call(self._model, args, kwargs).program
-        return [spec.target for spec in program.inputs if spec.kind is InputKind.USER]
 
 
 def _is_exported() -> bool:

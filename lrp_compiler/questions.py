@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild_output
 from lrp_compiler.passes.errors import OutputError
-from lrp_compiler.passes.program import Pick, Program, Request, tensor_of
+from lrp_compiler.passes.program import Pick, Program, Reading, Request, tensor_of
 from lrp_compiler.passes.sizes import hints
 from lrp_compiler.passes.specialise import can_specialise
 from lrp_compiler.recording import Question, Recording, Sites
 from lrp_compiler.seeds import Several, Target, reads_output, seeds_for, sparse_seeds
+from lrp_compiler.sites import Names, SiteRef
 
 NARROW = 4
 """One in so many rows of an output is few when relevance alone profits from it; one in two when the forward does too.
@@ -31,6 +32,20 @@ def one_row(program: Program, request: Request) -> Request:
         Pick(index, dim, 1) for index, shape in shapes.items() for dim in range(1, len(shape)) if hints(shape)[dim] > 1
     )
     return replace(request, picks=tuple(picks), keeps_outputs=False)
+
+
+def prepared_for_rows(compiler: Compiler, call: ExplainedCall, request: Request) -> Request:
+    """A request whose forward pass also leaves what a question about one row of an output with rows reads.
+
+    Outputs of (batch, classes) have one row a sample.
+    """
+    program = call.program
+    nodes = program.nodes_by_name()
+    has_rows = all(tensor_of(nodes[str(program.outputs[index])]).dim() > 2 for index in request.outputs)
+    if not has_rows or compiler.options.reference or not can_specialise(program, request):
+        return request
+    late = compiler.emitted(call, replace(one_row(program, request), keeps_outputs=True))[1]
+    return replace(request, kept=tuple(name for name in late.saved if name in nodes))
 
 
 class Questions:
@@ -104,7 +119,7 @@ class Questions:
         """The dense seeds of a target by output leaf; raises TargetError and OutputError."""
         chosen = self.chosen(output)
         leaves = self.recording.outputs() if reads_output(target) else self.recording.shapes()
-        explainable = {i: leaves[i] for i in sorted(self.call.explainable_outputs().values())}
+        explainable = {i: leaves[i] for i in sorted(self.call.explainable_outputs.values())}
 
         def rebuild(replaced: dict[int, Tensor]) -> Any:
             return rebuild_output(self.call.program, list({**leaves, **replaced}.values()), self.recording.sizes)
@@ -117,3 +132,16 @@ class Questions:
             known = ", ".join(output_names(self.call.program)[index] for index in explainable)
             raise OutputError(name="(callable)", cause="the target depends on none of its outputs", known=known)
         return dict(sorted(seeds.items()))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about sites, and how its results become what is returned."""
+
+    question: Question
+    target: Target
+    output: str | None
+    at: Names
+    readings: dict[SiteRef, tuple[tuple[str, Reading], ...]]
+    is_summed: bool
+    create_graph: bool

@@ -112,7 +112,7 @@ class Recording:
         self.sizes = self._bound(inputs)
         self._waiting = inputs
         self._inputs = _protected(self.program, inputs)
-        self._versions = {name: _version(value) for name, value in self._inputs.items()}
+        self._versions = dict(zip(self._inputs, _versions(self._inputs.values()), strict=True))
 
     def record(self) -> list[Tensor]:
         """Run the whole forward pass; returns the output leaves that are tensors."""
@@ -133,8 +133,9 @@ class Recording:
         self._saved.add(saved, has_history=self._has_history)
         if is_first:
             self._waiting = None
-            write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
-            self._versions = {name: _version(value) for name, value in self._inputs.items()}
+            if mutated:
+                write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
+                self._versions = dict(zip(self._inputs, _versions(self._inputs.values()), strict=True))
         return leaves
 
     def _bound(self, inputs: list[Any]) -> Sizes:
@@ -203,8 +204,8 @@ class Recording:
 
         What other questions have added since does not count: the same question gets the same code.
         """
-        left, read = (self._compiler.emitted(self._call, one)[1].saved for one in (self._request, request))
-        return set(read) <= set(left)
+        left, read = (self._compiler.emitted(self._call, one)[1] for one in (self._request, request))
+        return set(read.saved) <= set(left.recorded)
 
     def make_differentiable(self, request: Request) -> None:
         """Make the code of differentiable answers ahead: it cannot be made inside a transform of torch.func."""

@@ -27,11 +27,12 @@ from lrp_compiler.passes.branches import (
     relevance_nodes_everywhere,
     with_programs_inside,
 )
+from lrp_compiler.passes.buffers import Buffer, MemoryPlan
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.demand import demands
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.pipeline import Stage
-from lrp_compiler.passes.program import Buffer, MemoryPlan, facts
+from lrp_compiler.passes.program import facts
 from lrp_compiler.sites import site_table
 
 
@@ -233,7 +234,7 @@ def make_report(
     patterns = [pattern.kind for node in live if (pattern := facts(node).pattern) is not None]
     structures = [one.kind for node in forward_nodes_everywhere(program) for one in facts(node).structures]
     flowing = [node for node in live if facts(node).flows and facts(node).rule is not None]
-    names = explained.explainable_outputs()
+    names = explained.explainable_outputs
     (chosen,) = executable.program.seeds
     composite = program.composite
     assert composite is not None

@@ -15,6 +15,10 @@ from lrp_compiler.passes.program import Constant, Program, Reading, facts, forwa
 INPUT = "input"
 
 
+Names = str | list[str] | tuple[str, ...] | None
+"""What a user calls sites, inputs or parameters by; None means all there are."""
+
+
 @dataclass(frozen=True)
 class SiteRef:
     """A resolved site: its label, the nodes whose relevance it is, and whether those are embeddings of tokens."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.attention_sites import attention_sites
 from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
 from lrp_compiler.kernels.linear import relevance_of, summed_over_dimensions
+from lrp_compiler.kernels.totals import total_of
 from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.linearised import Linearised
 from lrp_compiler.passes.branches import forward_nodes_everywhere
@@ -22,16 +22,14 @@ from lrp_compiler.passes.errors import (
     NotLinearError,
     ReferenceModeError,
 )
-from lrp_compiler.passes.insert_relevance import total_of
 from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts, live_value
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.sizes import value_of_sizes
-from lrp_compiler.questions import Questions
+from lrp_compiler.questions import Asked, Questions
 from lrp_compiler.recording import Question, Recording, Results, Sites
 from lrp_compiler.seeds import Several, Target, reads_output
-from lrp_compiler.sites import SiteRef, is_glob, matching_names, name_list, readings_of, resolve_sites
+from lrp_compiler.sites import Names, SiteRef, is_glob, matching_names, name_list, readings_of, resolve_sites
 
-Names = str | list[str] | tuple[str, ...] | None
 Sinks = dict[str, dict[str, Tensor]]
 Masks = dict[str, Tensor]
 RELEVANCE = "lrp_compiler.Tape.relevance"
@@ -145,7 +143,7 @@ class Tape:
         """
         seeds = {node: value for name, value in starts.items() for node in self._nodes_at([name])}
         self._check_starts(seeds)
-        refs = resolve_sites(self.program, self._names_of(at))
+        refs = resolve_sites(self.program, self._names_of(at), self._call.sites)
         nodes: Sites = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
         request = Request((), nodes, starts=tuple(seeds), blocked=self._nodes_at(list(blocked)))
         values = by_site(self._recording.answer(Question(request, dict(seeds))))
@@ -162,11 +160,11 @@ class Tape:
                 raise ArgumentError(function=COEFFICIENTS_FROM, name="starts", value={node: given}, cause=cause)
 
     def _nodes_at(self, names: list[str]) -> tuple[str, ...]:
-        return tuple(node for ref in resolve_sites(self.program, names) for node in ref.nodes)
+        return tuple(node for ref in resolve_sites(self.program, names, self._call.sites) for node in ref.nodes)
 
     def activations(self, at: Names = None, *, create_graph: bool = False) -> Any:
         """The forward values at sites; result as in ``relevance``, token inputs giving their embeddings."""
-        refs = resolve_sites(self.program, self._names_of(at))
+        refs = resolve_sites(self.program, self._names_of(at), self._call.sites)
         values = self.values(tuple(dict.fromkeys(node for ref in refs for node in ref.nodes)), create_graph)
         return self._gathered(_by_label(refs, values), at)
 
@@ -228,7 +226,7 @@ class Tape:
             if rule is not None and not rule.linear_in_seed:
                 composite = getattr(self.program.composite, "name", "")
                 raise NotLinearError(composite=composite, rule=rule, node=node.name)
-        refs = resolve_sites(self.program, self._names_of(at))
+        refs = resolve_sites(self.program, self._names_of(at), self._call.sites)
         chosen = self._questions.chosen(output)
         nodes: Sites = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
         request = Request((chosen,), tuple(dict.fromkeys(nodes)))
@@ -292,7 +290,7 @@ class Tape:
         through: Masks | None = None,
     ) -> Asked:
         """What ``relevance`` or ``coefficients`` will run; raises what they raise for arguments that do not fit."""
-        refs = resolve_sites(self.program, self._names_of(at))
+        refs = resolve_sites(self.program, self._names_of(at), self._call.sites)
         # The interpreter knows values as they are.
         whole = per_dimension or self._compiler.options.reference
         readings = {ref: tuple((node, kind) for node in ref.nodes) if whole else readings_of(ref, kind) for ref in refs}
@@ -326,10 +324,10 @@ class Tape:
             raise ArgumentError(
                 function=RELEVANCE, name="through", value=through, cause="it is a dict from sites to masks"
             )
-        nodes = self.program.nodes_by_name()
+        nodes = self.program.nodes_by_name() if through else {}
         found: Masks = {}
         for name, mask in through.items():
-            for node in (node for ref in resolve_sites(self.program, [name]) for node in ref.nodes):
+            for node in (node for ref in resolve_sites(self.program, [name], self._call.sites) for node in ref.nodes):
                 fake = nodes[node].meta["val"]
                 shape = value_of_sizes(fake.shape, self._recording.sizes)
                 if not isinstance(mask, Tensor):
@@ -346,7 +344,6 @@ class Tape:
             raise MaskError(site=next(iter(masks)), cause="masks are refused with reference=True and with verify")
 
     def _question(self, target: Target, output: str | None, sites: Sites, **what: Any) -> Question:
-        self._recording.check_fresh()
         if self._once and not reads_output(target):
             self._recording.give_up_outputs()
         return self._questions.ask(target, output, sites, **what)
@@ -358,6 +355,7 @@ class Tape:
             if request.sinks or request.ledger or create_graph:
                 cause = "the reference interpreter keeps no ledger and no derivatives"
                 raise ReferenceModeError(cause=cause)
+            self._recording.check_fresh()
             return self._recording.interpreted(question.seeds, request.sites)
         results = self._recording.answer(question, create_graph=create_graph)
         if self._compiler.options.verify == "ledger" and not request.ledger:
@@ -380,19 +378,6 @@ class Tape:
         question = self._question(target, output, sites, **what)
         seeds = dict(question.seeds)
         return self._answer(question, target, output, create_graph), seeds
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question about sites, and how its results become what is returned."""
-
-    question: Question
-    target: Target
-    output: str | None
-    at: Names
-    readings: dict[SiteRef, tuple[tuple[str, Reading], ...]]
-    is_summed: bool
-    create_graph: bool
 
 
 def by_site(results: Results) -> dict[str, Tensor]:

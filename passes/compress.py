@@ -1,8 +1,8 @@
 """compress: what relevance reads of a forward value, where that is less than the value, gets a small form.
 
-A mask takes a bit per element, a pooling's winner a byte, a dropout mask a bit or the state of the random number
-generator; an argument that is read for its shape alone takes nothing. ``lower_promises`` decides what is kept: where a
-value is at hand anyway its small form is left out again.
+A mask takes a byte or a bit per element, a pooling's winner a byte, a dropout mask a bit or the state of the random
+number generator; an argument that is read for its shape alone takes nothing. ``lower_promises`` decides what is kept:
+where a value is at hand anyway, or its small form takes longer than it is worth, that is left out again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lrp_compiler.kernels.randomness import bernoulli_again, bytes_of_state, che
 from lrp_compiler.passes.deferral import GENERATOR_READERS, REPLAY, drop_dead_nodes, either, fixed_nodes
 from lrp_compiler.passes.emitter import promise
 from lrp_compiler.passes.optable import aten_names, schema_name
-from lrp_compiler.passes.packing import DRAWN, MASK, PACKERS, POSITIVE, SIGN, WINNERS, Packing
+from lrp_compiler.passes.packing import BY_BYTES, DRAWN, MASK, NOT_ZERO, PACKERS, POSITIVE, SIGN, WINNERS, Packing
 from lrp_compiler.passes.program import (
     FACTS,
     Facts,
@@ -111,7 +111,8 @@ class _Compressor:
         if schema_name(node.target) == "aten::threshold_backward" and node.args[2] == 0 and node.args[1] in self.fixed:
             value = node.args[1]
             assert isinstance(value, fx.Node)
-            node.update_arg(1, self.packed(value, value, POSITIVE, (tensor_of(value).dtype,)))
+            form = NOT_ZERO if facts(_promised(value)).non_negative else POSITIVE
+            node.update_arg(1, self.packed(value, value, form, (tensor_of(value).dtype,)))
         elif node in self.fixed and isinstance(value_of(node), torch.Tensor):
             self.pack_value(node)
 
@@ -146,9 +147,11 @@ class _Compressor:
             value = tensor_of(direct)
             to_pack, to_unpack = packing.arguments(with_literals(list(value.shape)), extra)
             small = self.behind(direct, packing.packs, (source, *to_pack))
-            unpacked = self.behind(small, packing.unpacks, (small, *to_unpack))
             with self.program.fake_mode:
                 small.meta["val"] = packing.packed_like(value)
+            read = self.packed(small, small, MASK, ()) if packing in BY_BYTES else small
+            unpacked = self.behind(read, packing.unpacks, (read, *to_unpack))
+            with self.program.fake_mode:
                 unpacked.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
             self.known[direct, packing] = self.behind(unpacked, either, (direct, unpacked))
             self.known[direct, packing].meta["val"] = value
@@ -180,6 +183,11 @@ class _Compressor:
         layout = with_literals((list(value.shape), list(value.stride())))
         arguments = (node.args[1], *layout, value.dtype, value.device)
         node.meta[REPLAY] = (bernoulli_again, (state.name, checksum.name), arguments)
+
+
+def _promised(value: fx.Node) -> fx.Node:
+    """The forward value that a promise stands for, any other node itself."""
+    return first_argument(value) if value.target is promise else value
 
 
 def _is_mask(node: fx.Node) -> bool:

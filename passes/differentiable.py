@@ -33,7 +33,7 @@ from lrp_compiler.passes.branches import ConditionalRelevance
 from lrp_compiler.passes.errors import NotDifferentiableError
 from lrp_compiler.passes.optable import GROUPED_PRODUCT, OpClass, classify, schema_name
 from lrp_compiler.passes.program import InputKind, Program, copy_graph, facts, is_float, value_of
-from lrp_compiler.passes.share_memory import IN_PLACE
+from lrp_compiler.passes.share_memory import IN_PLACE, IN_PLACE_FORWARD
 from lrp_compiler.passes.sizes import at_hints, hints
 from lrp_compiler.passes.source_lines import user_source
 
@@ -69,7 +69,7 @@ WITH_STATISTICS: dict[str, Callable[..., Any]] = {
 }
 """Op -> the same op with statistics that are no constants to autograd."""
 
-FUNCTIONAL = {in_place: op for op, in_place in IN_PLACE.items()}
+FUNCTIONAL = {in_place: op for op, in_place in (IN_PLACE | IN_PLACE_FORWARD).items()}
 """Op that overwrites what its derivative may need -> the same that does not."""
 
 
@@ -103,6 +103,9 @@ def check_differentiable(program: Program) -> None:
     relevance, forward = copy_graph(program.relevance_graph), copy_graph(program.graph)
     write_plainly(relevance)
     keep_derivatives(forward)
+    for node in forward.nodes:
+        # The call is tried by itself, on leaves, which nothing can overwrite.
+        node.target = FUNCTIONAL.get(node.target, node.target)
     fixed = {spec.node for spec in program.inputs if spec.kind in (InputKind.BUFFER, InputKind.CONSTANT)}
     trained = _trained(forward, fixed)
     fixed |= {node.name for node in forward.nodes if node not in trained}

@@ -17,6 +17,7 @@ from lrp_compiler.kernels.linear import (
     summed_over_dimensions,
     token_relevance,
 )
+from lrp_compiler.kernels.totals import total, total_of
 from lrp_compiler.passes.branches import Conditional
 from lrp_compiler.passes.emitter import RelevanceEmitter
 from lrp_compiler.passes.errors import RuleResultError, SiteWithoutRelevanceError
@@ -53,7 +54,7 @@ def insert_relevance(program: Program, request: Request) -> Program:
     Relevance ops read forward values through ``promise`` nodes only. Raises SiteWithoutRelevanceError when a
     requested site is not between the sources and the seeded outputs.
     """
-    return _Inserter(program.fork(seeds=request.outputs), request).run()
+    return _Inserter(program.fork(seeds=request.outputs, kept=request.kept), request).run()
 
 
 def on_relevance(c: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -69,21 +70,6 @@ def to_coefficient(relevance: torch.Tensor, value: torch.Tensor) -> torch.Tensor
 def conversion_loss(relevance: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """R - a c for c = R / stab(a): the stabiliser's share."""
     return relevance - relevance_of(to_coefficient(relevance, value), value)
-
-
-def total_of(edge: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """(sum(a c), sum |a c|) in float64, for the ledger."""
-    return total(masked_product(widest(edge), widest(value)))
-
-
-def widest(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in double precision, complex or not."""
-    return x.to(torch.complex128) if x.is_complex() else x.double()
-
-
-def total(relevance: torch.Tensor) -> torch.Tensor:
-    """(sum(R), sum |R|) in float64."""
-    return torch.stack([relevance.double().sum(), relevance.double().abs().sum()])
 
 
 Pending = dict[fx.Node, list[tuple[fx.Node, EdgeKind]]]

@@ -97,8 +97,9 @@ def working_memory(node: fx.Node) -> int:
     made, of, *kernel = hints(weight.shape)
     blocks = math.prod(-(-channels // BLOCK) * BLOCK for channels in (made, of)) if is_backward else made * of
     packed: int = blocks * math.prod(kernel) * weight.element_size()
-    # The backward op copies the input even where it reads its shape alone.
-    copied = bytes_of(value_of(node.args[1])) if is_backward else 0  # type: ignore[arg-type]
+    # The backward op makes the input dense even where it reads its shape alone.
+    given = value_of(node.args[1])  # type: ignore[arg-type]
+    copied = bytes_of(given) if is_backward and 0 in hints(given.stride()) else 0
     return copied + max(bytes_of(read) + packed, bytes_of(value_of(node)))
 
 

@@ -10,19 +10,11 @@ import torch
 from torch import fx
 
 from lrp_compiler.passes.budget import MemoryGoal, values_to_keep
+from lrp_compiler.passes.buffers import Buffer, BufferKind
 from lrp_compiler.passes.deferral import GENERATOR_READERS, REPLAY, drop_dead_nodes, either
 from lrp_compiler.passes.emitter import promise, reference_promise
-from lrp_compiler.passes.program import (
-    FACTS,
-    Buffer,
-    BufferKind,
-    Facts,
-    Program,
-    facts,
-    first_argument,
-    tensor_of,
-    value_of,
-)
+from lrp_compiler.passes.packing import UNPACKERS
+from lrp_compiler.passes.program import FACTS, Facts, Program, facts, first_argument, tensor_of, value_of
 from lrp_compiler.passes.promise_branches import promise_branches
 from lrp_compiler.passes.sizes import hints
 from lrp_compiler.passes.storage import base_of, bytes_of, shown
@@ -76,9 +68,7 @@ class _Lowering:
         """What stands for ``value`` in the relevance graph: what the forward pass made, or one of two forms."""
         if value.target is either:
             direct, unpacked = value.args
-            # What packs stands on the forward side by now if that is where it is kept.
-            is_packed = facts(first_argument(unpacked)).part == "forward"  # type: ignore[arg-type]
-            return self.chosen(unpacked if is_packed else direct)  # type: ignore[arg-type]
+            return self.chosen(unpacked if is_kept_small(unpacked) else direct)  # type: ignore[arg-type]
         return self.moved.get(value, value)
 
     def forward_value(self, value: fx.Node, at: fx.Node) -> fx.Node:
@@ -220,6 +210,12 @@ class _Lowering:
             return Buffer(node.name, kind, size, dtype, (), read, holder)
         dtype = str(value.dtype).removeprefix("torch.")
         return Buffer(node.name, kind, size, dtype, hints(value.shape), read, holder)
+
+
+def is_kept_small(unpacked: fx.Node) -> bool:
+    """Whether what is unpacked here stands on the forward side, as it does by now if that is where it is kept."""
+    small = first_argument(unpacked)
+    return facts(small).part == "forward" or (small.target in UNPACKERS and is_kept_small(small))
 
 
 def _name_of(target: Any) -> str:

@@ -10,9 +10,10 @@ from types import FunctionType
 
 from torch import fx
 
+from lrp_compiler.passes.buffers import Buffer, MemoryPlan
 from lrp_compiler.passes.lifetimes import footprint, last_reads, roots_of
 from lrp_compiler.passes.optable import schema_name
-from lrp_compiler.passes.program import Buffer, MemoryPlan, Program, first_argument, module_path
+from lrp_compiler.passes.program import Program, first_argument, module_path
 
 
 def plan_memory(program: Program) -> Program:

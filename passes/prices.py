@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from lrp_compiler.passes.deferral import GENERATOR_READERS, REPLAY
+from lrp_compiler.passes.deferral import GENERATOR_READERS, REPLAY, either
 from lrp_compiler.passes.draws import draws
 from lrp_compiler.passes.emitter import promise
 from lrp_compiler.passes.optable import OpClass, OpEntry, aten_names, classify, op_name
-from lrp_compiler.passes.packing import PACKERS
-from lrp_compiler.passes.program import facts, value_of
+from lrp_compiler.passes.packing import PACKERS, UNPACKERS
+from lrp_compiler.passes.program import facts, first_argument, value_of
 from lrp_compiler.passes.sizes import hints
 from lrp_compiler.passes.storage import bytes_of, shown
 from lrp_compiler.passes.trace import SCALARS
@@ -60,12 +60,16 @@ class Pricing:
         value = value_of(node)
         if node.op == "placeholder":
             return 0
+        if node.target is either or node.target in UNPACKERS:
+            # Kept, if at all, as what they are made of.
+            return None
         if node in self.late or shown(node) is not None or not isinstance(value, (torch.Tensor, *SCALARS)):
             return None
         extra = 0.0
         if node.target in PACKERS:
             # Packed in the forward pass and unpacked in the other: two calls that would not be made otherwise.
-            extra = 2 * (self.prices.call + _moved(node))
+            elements = math.prod(_sizes(first_argument(node)))
+            extra = 2 * self.prices.call + PACKERS[node.target].time * elements
         return int(self.prices.kept_byte * bytes_of(value) + extra)
 
     def recompute(self, node: fx.Node) -> int | None:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from lrp_compiler.passes.buffers import Buffer, MemoryPlan
     from lrp_compiler.passes.errors import UncoveredOp
     from lrp_compiler.passes.kernel_use import KernelUse
     from lrp_compiler.passes.rules.base import Composite, Rule
@@ -193,6 +194,7 @@ class Request:
     edges: tuple[str, ...] = ()
     picks: tuple[Pick, ...] = ()
     keeps_outputs: bool = True
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -206,51 +208,6 @@ class Conversion:
         return f"{self.node} -> {self.to}"
 
 
-BufferKind = Literal["free", "view", "compressed", "recomputed", "saved", "reference"]
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """Where one promise is kept: ``free`` (a graph input or an output), ``view`` of something kept, ``compressed``
-    (less than the value, made of it in the forward pass), ``recomputed`` in the relevance pass, or ``saved``.
-
-    ``bytes`` and ``shape`` are those of the captured call where sizes differ from call to call.
-    A ``reference`` buffer holds the value that the node has in the reference run. ``holder`` names the node of the
-    relevance graph. ``plan_memory`` adds the rest: ``producer``, lifetime in ops (of the forward pass, then of
-    relevance), and ``slot``, the same number for buffers that take the same memory one after the other.
-    """
-
-    name: str
-    kind: BufferKind
-    bytes: int
-    dtype: str
-    shape: tuple[int, ...]
-    readers: tuple[str, ...]
-    holder: str = ""
-    producer: str = ""
-    first_write: int = 0
-    last_read: int = 0
-    slot: int | None = None
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes above parameters and inputs, in the captured call: what running forward and relevance will take.
-
-    ``forward_peak`` and ``relevance_peak`` are the most that either half holds at once, the latter with what the
-    forward pass left; ``left`` is what a tape holds on to. Working memory inside an op is not counted.
-    """
-
-    forward_peak: int
-    relevance_peak: int
-    left: int
-
-    @property
-    def peak(self) -> int:
-        """The most that is alive at any time."""
-        return max(self.forward_peak, self.relevance_peak)
-
-
 @dataclass(frozen=True)
 class Program:
     """A graph on its way through the pipeline; passes return a new one and leave theirs untouched.
@@ -259,7 +216,8 @@ class Program:
     it indexes. ``varied`` names the user inputs that have another value in the reference run. ``uncovered`` lists the
     live ops without a rule, where that was asked for; such a program cannot be emitted.
     ``outputs`` holds, per leaf of the model's output tree, a node name or the constant itself; ``seeded`` the node
-    where the seed of an output starts, by leaf, if that is another one. ``root`` owns the
+    where the seed of an output starts, by leaf, if that is another one; ``kept`` the nodes that are recorded beside
+    what the relevance graph reads. ``root`` owns the
     sub-graphs of higher-order ops until ``canonicalise`` has inlined them. ``kernels`` says what ``fuse`` made of what
     a kernel might compute. After ``partition`` ``graph`` is the
     forward graph and ``relevance_graph`` the other half. ``traces`` caches traced functions by signature and is
@@ -284,6 +242,7 @@ class Program:
     results: tuple[Result, ...] = ()
     seeds: tuple[int, ...] = ()
     seeded: dict[int, str] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
     buffers: tuple[Buffer, ...] = ()
     memory: MemoryPlan | None = None
     kernels: tuple[KernelUse, ...] = ()

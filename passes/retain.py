@@ -10,6 +10,7 @@ from torch import fx
 from lrp_compiler.passes.deferral import REPLAY, demanded_by, either, fixed_nodes
 from lrp_compiler.passes.emitter import promise
 from lrp_compiler.passes.min_cut import Choice, Solved, cheapest
+from lrp_compiler.passes.packing import BY_BYTES, PACKERS
 from lrp_compiler.passes.prices import Pricing, is_repeatable
 from lrp_compiler.passes.program import InputKind, Program, facts, first_argument, value_of
 from lrp_compiler.passes.storage import bytes_of
@@ -86,7 +87,7 @@ def retained(
         if node in choices:
             continue
         keep, recompute = pricing.keep(node), pricing.recompute(node)
-        if node in barred and is_repeatable(node):
+        if (node in barred and is_repeatable(node)) or _is_mask_of(node, barred):
             keep = None
         elif node in forced or (None not in (keep, recompute) and pricing.never_pays(node, recompute or 0)):
             recompute = None
@@ -131,6 +132,11 @@ def estimate(demands: Demands, pricing: Pricing, kept: set[fx.Node]) -> Estimate
         alive += changes[place]
         peak = max(peak, alive)
     return Estimate(peak, price)
+
+
+def _is_mask_of(node: fx.Node, values: frozenset[fx.Node]) -> bool:
+    """Whether ``node`` is a mask of one of the values, of a byte per element; bits are few enough to keep anywhere."""
+    return PACKERS.get(node.target) in BY_BYTES and _without_promise(first_argument(node)) in values
 
 
 def _without_promise(node: fx.Node) -> fx.Node:

@@ -1,14 +1,16 @@
-"""share_memory: relevance ops write into the memory of an operand that nothing reads afterwards."""
+"""share_memory: ops write into the memory of an operand that nothing reads afterwards."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from lrp_compiler.passes.lifetimes import last_reads, roots_of
-from lrp_compiler.passes.program import Program, copy_graph, facts, is_float, value_of
+from lrp_compiler.passes.optable import aten_names, schema_name
+from lrp_compiler.passes.program import Program, copy_graph, facts, first_argument, is_float, value_of
 from lrp_compiler.passes.sizes import size_key
 from lrp_compiler.passes.storage import bytes_of
 
@@ -20,6 +22,10 @@ IN_PLACE: dict[Any, Any] = {
     aten.sub.Tensor: aten.sub_.Tensor,
     aten.div.Tensor: aten.div_.Tensor,
     aten.neg.default: aten.neg_.default,
+    aten.abs.default: aten.abs_.default,
+    aten.clamp.default: aten.clamp_.default,
+    aten.clamp_min.default: aten.clamp_min_.default,
+    aten.rsqrt.default: aten.rsqrt_.default,
     aten.erfc.default: aten.erfc_.default,
     aten.erf.default: aten.erf_.default,
     aten.exp.default: aten.exp_.default,
@@ -29,12 +35,38 @@ IN_PLACE: dict[Any, Any] = {
 """Elementwise op -> the same that writes to its first argument; both run one kernel, so that the bits are the same."""
 COMMUTATIVE = frozenset({aten.mul.Tensor, aten.add.Tensor})
 
+IN_PLACE_FORWARD: dict[Any, Any] = {aten.relu.default: aten.relu_.default}
+"""The same for the forward pass: ops whose derivative reads what they make, as theirs alone may overwrite the operand.
+"""
+OVERWRITABLE = aten_names("conv1d conv2d conv3d convolution linear addmm mm matmul bmm add sub native_batch_norm")
+"""Ops whose derivative does not read what they make."""
+
 
 def share_memory(program: Program) -> Program:
-    """Let elementwise relevance ops reuse the memory of operands that end with them."""
+    """Let elementwise ops reuse the memory of operands that end with them."""
     if program.relevance_graph is None:
         return program
-    graph = copy_graph(program.relevance_graph)
+    forward = _forward_shared(program)
+    return program.having(graph=forward, relevance_graph=_relevance_shared(program.relevance_graph))
+
+
+def _forward_shared(program: Program) -> fx.Graph:
+    graph = copy_graph(program.graph)
+    roots = roots_of(graph)
+    last = last_reads(graph, roots)
+    for place, node in enumerate(graph.nodes):
+        if node.target not in IN_PLACE_FORWARD:
+            continue
+        operand = first_argument(node)
+        made = first_argument(operand) if operand.target is operator.getitem else operand
+        is_free = roots[operand] is operand and last[operand] == place and schema_name(made.target) in OVERWRITABLE
+        if is_free and _fits(operand, operand, node):
+            node.target = IN_PLACE_FORWARD[node.target]
+    return graph
+
+
+def _relevance_shared(graph: fx.Graph) -> fx.Graph:
+    graph = copy_graph(graph)
     roots = roots_of(graph)
     last = last_reads(graph, roots)
     dependent = _on_seeds(graph)
@@ -53,7 +85,7 @@ def share_memory(program: Program) -> Program:
                 node.target = IN_PLACE[node.target]
                 roots[node], last[root] = root, last[node]
                 break
-    return program.having(relevance_graph=graph)
+    return graph
 
 
 def _overwritable(node: fx.Node) -> list[fx.Node]:

@@ -146,12 +146,11 @@ def is_partitioned(program: Program) -> str | None:
 
 
 def writes_to_its_own(program: Program) -> str | None:
-    """The relevance graph writes to no argument: those are the caller's."""
-    graph = program.relevance_graph
-    roots = roots_of(graph) if graph is not None else {}
-    for node, root in roots.items():
-        if root.op == "placeholder" and root is not node and writes(node):
-            return f"{node.name} writes to {root.name}, which the caller holds"
+    """Neither graph writes to its arguments: those are the caller's."""
+    for graph in (program.graph, program.relevance_graph):
+        for node, root in (roots_of(graph) if graph is not None else {}).items():
+            if root.op == "placeholder" and root is not node and writes(node):
+                return f"{node.name} writes to {root.name}, which the caller holds"
     return None
 
 
@@ -204,8 +203,8 @@ LEGAL: dict[str, tuple[Check, ...]] = {
     "lower_promises": (*FUNCTIONAL, no_promises),
     "fuse_elementwise": (*FUNCTIONAL, no_promises),
     "partition": (*FUNCTIONAL, is_partitioned),
-    "share_memory": (*FUNCTIONAL, is_partitioned, writes_to_its_own),
-    "plan_memory": (*FUNCTIONAL, is_partitioned, writes_to_its_own),
+    "share_memory": (*FLAT, is_partitioned, writes_to_its_own),
+    "plan_memory": (*FLAT, is_partitioned, writes_to_its_own),
 }
 """Pass name -> what must hold after it."""
 

@@ -21,6 +21,7 @@ from lrp_compiler.passes.rules.elementwise import GuidedBackprop, Identity
 from lrp_compiler.passes.rules.gradient import Gradient
 from lrp_compiler.passes.site import Site
 
+aten = torch.ops.aten
 Shares = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -102,15 +103,24 @@ def one_sided(
     operands, fold, c, z = in_full_precision((operands, fold, c, z))
     x, weight, bias = lin.parts(operands, fold)
     relevance = z * c
+    alpha, minus_beta = weights
     given, left = torch.zeros_like(x), relevance
-    for share, w, b in zip(
-        weights, (weight.clamp(min=0), weight.clamp(max=0)), (bias.clamp(min=0), bias.clamp(max=0)), strict=True
-    ):
-        if share != 0:
-            part = lin(operands, x, w)
-            ratio = share * relevance / stabilise(part + b, epsilon)
-            given, left = given + lin.transpose(operands, x, w, ratio), left - ratio * part
+    if alpha != 0:
+        w = weight.clamp(min=0)
+        part = lin(operands, x, w)
+        # Nothing here is negative.
+        ratio = _times(alpha, relevance) / (part + (bias.clamp(min=0) + epsilon))
+        given, left = lin.transpose(operands, x, w, ratio), left - ratio * part
+    if minus_beta != 0:
+        w = weight.clamp(max=0)
+        part = lin(operands, x, w)
+        ratio = _times(minus_beta, relevance) / stabilise(part + bias.clamp(max=0), epsilon)
+        given, left = given + lin.transpose(operands, x, w, ratio), left - ratio * part
     return given.to(dtype), left
+
+
+def _times(factor: float, value: Tensor) -> Tensor:
+    return value if factor == 1 else factor * value
 
 
 def rectified_gamma(
@@ -127,8 +137,10 @@ def rectified_gamma(
     favoured = weight.clamp(min=0)
     raised = lin(operands, x, favoured)
     relevance = z * c
-    share = torch.where(z > 0, relevance / stabilise(z + gamma * (raised + bias.clamp(min=0)), epsilon), 0)
-    given = lin.transpose(operands, x, weight + gamma * favoured, share)
+    # Where z > 0 so is what it is divided by; the others are divided by anything but zero, for the derivative's sake.
+    ratio = relevance / ((z + gamma * (raised + bias.clamp(min=0))).clamp(min=0) + epsilon)
+    share = aten.threshold_backward.default(ratio, z, 0)
+    given = lin.transpose(operands, x, torch.add(weight, favoured, alpha=gamma), share)
     return given.to(dtype), relevance - share * (z0 + gamma * raised)
 
 

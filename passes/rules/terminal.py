@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.kernels.linear import stabilise
+from lrp_compiler.kernels.strided import BLOCK
 from lrp_compiler.passes.errors import RuleParameterError
 from lrp_compiler.passes.linear_map import LinearMap, in_full_precision, linear_map
 from lrp_compiler.passes.operation import Operand, Operation
+from lrp_compiler.passes.optable import schema_name
 from lrp_compiler.passes.program import tensor_of
 from lrp_compiler.passes.rules.base import EdgeKind, Edges, Rule, Sinks
 from lrp_compiler.passes.site import Site
 
+CONVOLUTIONS = {"aten::conv1d": 3, "aten::conv2d": 4, "aten::conv3d": 5}
+"""Convolution -> the dimensions of its input with a batch."""
 Terms = tuple[tuple[Tensor, Tensor, float], ...]
 """What a rule adds up: (input, weight, sign) of each product."""
 
@@ -64,10 +68,27 @@ def shares(
     operands, fold, bounds, r = in_full_precision((operands, fold, bounds, r))
     x, weight, bias = lin.parts(operands, fold)
     terms = terms_of(x, weight, bounds)
+    if len(terms) > 1 and _stacks(lin, operands, x):
+        terms = (_stacked(terms),)
     z = sum((sign * lin(operands, value, w) for value, w, sign in terms), torch.zeros((), dtype=x.dtype))
     ratio = r / stabilise(z + offset_of(name, bias), TERMINAL_EPSILON)
     given = sum((sign * value * lin.transpose(operands, value, w, ratio) for value, w, sign in terms), x.new_zeros(()))
+    given = given.reshape(x.shape[0], -1, *x.shape[1:]).sum(1) if given.shape != x.shape else given
     return given.to(dtype), r - ratio * z
+
+
+def _stacks(lin: LinearMap, operands: Any, x: Tensor) -> bool:
+    """Whether the terms of a first layer can be channels of one convolution, which takes as long as one of them."""
+    args, kwargs = operands
+    groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
+    is_convolution = schema_name(lin.target) in CONVOLUTIONS and x.dim() == CONVOLUTIONS[schema_name(lin.target)]
+    return is_convolution and groups == 1 and 3 * x.shape[1] <= BLOCK
+
+
+def _stacked(terms: Terms) -> tuple[Tensor, Tensor, float]:
+    """All terms as one, side by side along the channels; signs go to the weights and, for what is given, inputs."""
+    values, weights, signs = zip(*terms, strict=True)
+    return torch.cat(values, 1), torch.cat([w * sign for w, sign in zip(weights, signs, strict=True)], 1), 1.0
 
 
 TERMINAL_EPSILON = 1e-6

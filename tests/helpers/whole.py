@@ -16,13 +16,14 @@ from lrp_compiler.compiled import Compiler, ExplainedCall
 from lrp_compiler.options import Options
 from lrp_compiler.passes.branches import Conditional, ConditionalRelevance, operand_names, rule_tensors
 from lrp_compiler.passes.budget import MemoryGoal
+from lrp_compiler.passes.buffers import Buffer
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.emitter import promise, reference_promise
 from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.lower_promises import lower_promises
 from lrp_compiler.passes.pipeline import EMIT, Stage, generate, run
 from lrp_compiler.passes.prices import Prices
-from lrp_compiler.passes.program import Buffer, Constant, Program, Request, facts, output_node
+from lrp_compiler.passes.program import Constant, Program, Request, facts, output_node
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.sizes import Size, Sizes
 from lrp_compiler.passes.specialise import specialise

@@ -12,7 +12,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrp_compiler.kernels.bits import pack_bits, pack_positive, pack_sign, unpack_bits, unpack_positive, unpack_sign
+from lrp_compiler.kernels.bits import (
+    is_not_zero,
+    is_positive,
+    of_positive,
+    pack_bits,
+    pack_positive,
+    pack_sign,
+    unpack_bits,
+    unpack_quotient,
+    unpack_sign,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple)
@@ -78,13 +88,20 @@ def test_what_a_relu_passes_comes_back(shape: tuple[int, ...], layout: str, dtyp
     drawn = LAYOUTS[layout](numbers(shape, dtype, seed))
     edge = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     for value in (drawn, torch.relu(drawn)):
-        bits = pack_positive(value)
-        assert bits.shape == (math.ceil(value.numel() / 8),)
-        assert torch.equal(bits, packed(~(value <= 0)))
-        read = unpack_positive(bits, value.shape, dtype)
+        mask = is_positive(value)
+        assert torch.equal(mask, ~(value <= 0))
+        assert torch.equal(pack_positive(value), packed(mask))
+        read = of_positive(mask, dtype)
         assert read.dtype is dtype
         expected = torch.ops.aten.threshold_backward(edge, value, 0)
         assert same_bits(torch.ops.aten.threshold_backward(edge, read, 0), expected)
+    assert torch.equal(is_not_zero(torch.relu(drawn)), mask)
+
+
+@given(SHAPES, st.sampled_from(FLOATS), st.integers(0, 2**31))
+def test_a_scaled_draw_comes_back(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
+    draw = (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.7).to(dtype)
+    assert same_bits(unpack_quotient(pack_positive(draw), shape, dtype, 0.7), draw / 0.7)
 
 
 @given(SHAPES, st.sampled_from(sorted(LAYOUTS)), st.sampled_from(FLOATS), st.integers(0, 2**31))
@@ -100,6 +117,6 @@ def test_every_special_number_by_hand(dtype: torch.dtype) -> None:
     """Zeros of either sign are not positive, the smallest numbers are; nan counts as positive and has the sign 0."""
     value = special(dtype)
     half = len(value) // 2
-    assert unpack_positive(pack_positive(value), value.shape, dtype).tolist() == [0.0, *[1.0] * 7, *[0.0] * 7, 1.0]
+    assert of_positive(is_positive(value), dtype).tolist() == [0.0, *[1.0] * 7, *[0.0] * 7, 1.0]
     expected = [0.0, *[1.0] * (half - 2), 0.0]
     assert unpack_sign(pack_sign(value), value.shape, dtype).tolist() == [*expected, *(-x for x in expected)]

@@ -21,12 +21,14 @@ from lrp_compiler.passes.program import Program, facts, graph_inputs, value_of
 from lrp_compiler.passes.sizes import Sizes
 
 aten = torch.ops.aten
-MASK, POSITIVE, SIGN, WINNERS = bits.pack_bits, bits.pack_positive, bits.pack_sign, pooling.window_offsets
+MASK, POSITIVE, NOT_ZERO = bits.pack_bits, bits.is_positive, bits.is_not_zero
+SIGN, WINNERS = bits.pack_sign, pooling.window_offsets
+PACKERS = (MASK, POSITIVE, NOT_ZERO, SIGN, WINNERS)
 Op = Callable[[Tensor], Tensor]
 FORMS: dict[str, tuple[Op, str, list[Any]]] = {
-    "relu": (F.relu, "attnlrp", [POSITIVE]),
-    "two relus": (lambda h: F.relu(F.relu(h) - 1), "attnlrp", [POSITIVE, POSITIVE]),
-    "relu of what relevance reads": (lambda h: F.relu(h).exp(), "gradient", [POSITIVE]),
+    "relu": (F.relu, "attnlrp", [NOT_ZERO, MASK]),
+    "two relus": (lambda h: F.relu(F.relu(h) - 1), "attnlrp", [NOT_ZERO, NOT_ZERO, MASK, MASK]),
+    "relu of what relevance reads": (lambda h: F.relu(h).exp(), "gradient", [NOT_ZERO, MASK]),
     "guided": (F.relu, "guided_backprop", [MASK]),
     "leaky_relu": (lambda h: F.leaky_relu(h, 0.2), "attnlrp", [MASK]),
     "relu6": (F.relu6, "gradient", []),
@@ -75,14 +77,14 @@ def test_what_is_read_has_the_small_form_it_can_have(name: str) -> None:
     x = torch.randn(2, 9, 30)
     found, inputs = stages(Between(op).eval(), composite, x)
     program = found["compress"].program
-    packings = [node.target for node in program.graph.nodes if node.target in (MASK, POSITIVE, SIGN, WINNERS)]
+    packings = [node.target for node in program.graph.nodes if node.target in PACKERS]
     assert sorted(packings, key=str) == sorted(expected, key=str)
     forms = [node for node in program.graph.nodes if node.target is either]
     assert len(forms) == len(expected)
     values = evaluated(program, inputs, torch.randn(2, 3))
     for node in forms:
         direct, unpacked = (values[form] for form in node.args)
-        if node.args[1].target is bits.unpack_positive:
+        if node.args[1].target is bits.of_positive:
             # What threshold_backward asks of it.
             direct, unpacked = ~(direct <= 0), ~(unpacked <= 0)
         assert direct.dtype == unpacked.dtype
@@ -105,7 +107,7 @@ def test_a_value_read_by_two_has_one_small_form() -> None:
 
     found, _ = stages(Twice(), "attnlrp", torch.randn(2, 9, 30))
     graph = found["compress"].program.graph
-    assert [node.target for node in graph.nodes if node.target in (MASK, POSITIVE, SIGN, WINNERS)] == [MASK]
+    assert [node.target for node in graph.nodes if node.target in PACKERS] == [MASK]
 
 
 @pytest.mark.parametrize("p", [0.2, 0.5])
@@ -195,7 +197,10 @@ def test_the_backward_of_a_convolution_reads_no_input(dims: int, transposed: boo
     assert torch.equal(aten.convolution_backward(c, zero, weight, *options, [True, False, False])[0], expected)
 
 
-def test_arguments_read_for_their_shape_are_no_forward_values() -> None:
+@pytest.mark.parametrize(
+    ("composite", "backward"), [("gradient", "reflection_pad1d_backward"), ("epsilon_plus", "convolution_backward")]
+)
+def test_arguments_read_for_their_shape_are_no_forward_values(composite: str, backward: str) -> None:
     """Of a network of such ops none reads what the forward pass made."""
 
     class Shapes(nn.Module):
@@ -208,7 +213,7 @@ def test_arguments_read_for_their_shape_are_no_forward_values() -> None:
             h = F.adaptive_avg_pool2d(F.avg_pool2d(self.second(h), 2, 1), 3) + torch.zeros_like(h[..., :3, :3])
             return h.flatten(1).sum(1, keepdim=True) * self.weight
 
-    found, _ = stages(Shapes(), "gradient", torch.randn(2, 4, 30))
+    found, _ = stages(Shapes(), composite, torch.randn(2, 4, 30))
     reading = [node for node in found["compress"].program.graph.nodes if facts(node).part == "relevance"]
     seen = set()
     for node in reading:
@@ -216,4 +221,4 @@ def test_arguments_read_for_their_shape_are_no_forward_values() -> None:
         for operand in (node.args[at] for at in place):
             seen.add(schema_name(node.target))
             assert facts(operand).part != "promise"
-    assert {"aten::convolution_backward", "aten::avg_pool2d_backward", "aten::reflection_pad1d_backward"} <= seen
+    assert {"aten::avg_pool2d_backward", f"aten::{backward}"} <= seen

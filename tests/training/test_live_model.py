@@ -300,3 +300,17 @@ def test_finding_a_program_and_its_inputs_runs_no_python_for_each_module() -> No
         assert all(a is b for a, b in zip(find(), find(), strict=True))
         counts.append(functions_run(find))
     assert counts[0] == counts[1] < 160
+
+
+def test_calls_run_no_python_for_each_module() -> None:
+    """As many functions for eight blocks as for two, and of an explanation few for each parameter."""
+    counts, questions = [], []
+    for depth in (2, 8):
+        model, x = nn.Sequential(*(Block() for _ in range(depth))).eval(), torch.randn(3, 4)
+        explained = warm(model, x)
+        explained.attribute(x, 1)
+        with torch.no_grad():
+            counts.append(functions_run(lambda explained=explained, x=x: explained(x)))  # type: ignore[misc]
+            questions.append(functions_run(lambda explained=explained, x=x: explained.attribute(x, 1)))  # type: ignore[misc]
+    assert counts[0] == counts[1] < 200
+    assert questions[1] - questions[0] < 3 * 6 * len([*Block().parameters(), *Block().buffers()])
