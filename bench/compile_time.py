@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from lrp_compiler.composites import composite_named
 from lrp_compiler.passes.codegen import codegen
+from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.pin import pin
 from lrp_compiler.passes.pipeline import CAPTURE, EMIT, EXPLAIN, compile_forward
 from lrp_compiler.passes.pipeline import run as run_pass
 from lrp_compiler.passes.program import Program, Request
+from lrp_compiler.passes.specialise import specialise
 
 T = TypeVar("T")
 COMPOSITE = "attnlrp"
@@ -74,8 +76,9 @@ def compiled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         for one, settings in zip(EXPLAIN, ((), (composite_named(COMPOSITE),)), strict=True):
             history = timed(spent, one.__name__, run_pass, one, history, *settings)
         program = history[-1].program
-        for number, one in enumerate(EMIT):
-            history = timed(spent, one.__name__, run_pass, one, history, *([request(program)] if number == 0 else []))
+        for one in EMIT:
+            asked = [request(program)] if one in (specialise, insert_relevance) else []
+            history = timed(spent, one.__name__, run_pass, one, history, *asked)
         timed(spent, "codegen", codegen, history[-1].program)
     return sum(node.op == "call_function" for node in program.graph.nodes), spent
 

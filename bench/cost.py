@@ -16,11 +16,11 @@ from functools import partial
 
 import torch
 from harness import command, in_turns, machine, markdown, show, spread, write, write_csv
-from workloads import Workload, bert, input_x_gradient, resnet, vit
+from workloads import Workload, gpt2, input_x_gradient, llama, resnet, roberta, vgg16, vit
 
 from lrp_compiler import compile_for_lrp
 
-WORKLOADS = (vit, bert, resnet)
+WORKLOADS = (vit, roberta, gpt2, llama, resnet, vgg16)
 HEADER = ("model", "provider", "median ms", "p20", "p80", "x forward", "x input x gradient")
 
 
@@ -31,13 +31,17 @@ def providers(work: Workload) -> dict[str, Callable[[], object]]:
         with torch.no_grad():
             return work.model(work.x)
 
+    def with_outputs() -> object:
+        with torch.no_grad():
+            _, tape = explained["attnlrp"].run(work.x)
+            return tape.relevance(work.target)
+
+    explained = {name: compile_for_lrp(work.model, name) for name in ("attnlrp", "cp_lrp", "epsilon")}
     return {
         "plain forward": plain,
         "eager input x gradient": partial(input_x_gradient, work),
-        **{
-            f"ours, {name}": partial(compile_for_lrp(work.model, name).attribute, work.x, work.target)
-            for name in ("attnlrp", "cp_lrp", "input_x_gradient")
-        },
+        **{f"ours, {name}": partial(one.attribute, work.x, work.target) for name, one in explained.items()},
+        "ours, attnlrp, outputs too": with_outputs,
     }
 
 

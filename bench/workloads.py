@@ -88,13 +88,6 @@ def vgg16(batch: int = 1) -> Workload:
     return Workload("VGG16", model.eval(), torch.randn(batch, 3, 224, 224).clamp(-WHITE, WHITE), "*")
 
 
-def bert() -> Workload:
-    """BERT-base from embeddings of 128 tokens."""
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=10))
-    x = torch.randn(1, 128, 768)
-    return Workload("BERT-base, 128 tokens", Logits(model, "inputs_embeds").eval(), x, "model.bert.encoder.layer.*")
-
-
 def gpt2() -> Workload:
     """GPT-2 of 12 layers from embeddings of 128 tokens, the last token's logit."""
     model = Logits(transformers.GPT2LMHeadModel(transformers.GPT2Config()), "inputs_embeds", use_cache=False)

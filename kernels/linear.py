@@ -104,10 +104,13 @@ def convolution_transpose(
 ) -> Tensor:
     """The transpose of a convolution: ``c`` (N, C_out, ...) -> ``input_shape`` (N, C_in, ...).
 
-    The backward op takes the input for its shape only, so memory that nobody fills stands in for it; where sizes are
-    known, torch's transposed convolution does without.
+    The backward op takes the input for its shape only, so memory that nobody fills stands in for it; where
+    the sizes of images are known, torch's transposed convolution does without.
     """
-    is_known = all(isinstance(size, int) for size in (*c.shape, *input_shape))
+    if weight.dtype != c.dtype:
+        # Under autocast a coefficient may be wider than the weight.
+        weight = weight.to(c.dtype)
+    is_known = all(isinstance(size, int) for size in (*c.shape[2:], *input_shape[2:]))
     if c.device.type == "cpu" and not transposed and is_known:
         made = None
         if groups == 1 and set(dilation) == {1} and max(stride) > 1:

@@ -271,7 +271,7 @@ def _demands(program: Program) -> dict[str, tuple[PromiseRow, ...]]:
     for node in program.graph.nodes:
         if node.target in PROMISES:
             for user in node.users:
-                found.setdefault(facts(user).origin, {})[nodes[model_op(first_argument(node))]] = None
+                found.setdefault(facts(user).origin, {})[first_argument(node)] = None
     operations = {name: Operation(nodes[name], nodes) for name in found}
     return {
         name: tuple(PromiseRow(_role(operations[name], value), value.name) for value in values)
@@ -280,12 +280,13 @@ def _demands(program: Program) -> dict[str, tuple[PromiseRow, ...]]:
 
 
 def _role(op: Operation, node: fx.Node) -> str:
-    """What a forward value is to an op."""
-    if node.target is operator.getitem and node.args[0] is op.node:
+    """What a forward value, perhaps on fewer rows, is to an op."""
+    if node.target is operator.getitem and model_op(first_argument(node)) == op.name:
         return f"output {node.args[1]}"
-    if node is op.node:
+    name = model_op(node)
+    if name == op.name:
         return "output"
-    return next((f"operand {operand.argument}" for operand in op.operands if operand.node is node), "other")
+    return next((f"operand {operand.argument}" for operand in op.operands if operand.node.name == name), "other")
 
 
 def _conversion_rows(explained: Program, emitted: Program) -> list[ConversionRow]:

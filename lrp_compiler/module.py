@@ -198,6 +198,8 @@ class LRPModule(nn.Module):
         self, call: BoundCall, explained: ExplainedCall, request: Request, baselines: Baselines, once: bool
     ) -> Tape:
         inputs = call.inputs()
+        # Behind the call's own stand the tensors of rules.
+        inputs += [spec.constant for spec in explained.program.inputs[len(inputs) :]]
         if not call.has_values:
             require_values(explained.program, inputs)
         reference = reference_inputs(explained.program, inputs, baselines)

@@ -6,8 +6,9 @@ that the model reads out of its inputs constants; ``decompose`` opens composite 
 ``functionalise`` removes in-place ops; ``canonicalise`` gives every op the one form that keeps what relevance needs
 (norms with their statistics, attention with its log-sum-exp); ``recognise`` marks groups that are one thing to
 relevance. ``analyse`` finds where relevance is read and what depends on it; ``assign_rules`` lets the composite give
-every live op its rule. ``insert_relevance`` walks backwards and writes the rules behind the forward graph, reading
-forward values through promises, of this run or of a reference run on other inputs; ``simplify`` tidies up; ``fuse``
+every live op its rule; ``specialise`` leaves out the rows that no relevance comes from. ``insert_relevance`` walks
+backwards and writes the rules behind the forward graph, reading forward values through promises, of this run or of a
+reference run on other inputs; ``simplify`` tidies up; ``fuse``
 puts kernels of the relevance dialect in the place of the ops they compute; ``compress`` gives what is read of a value a
 small form; ``lower_promises`` turns promises into deferred buffers; ``fuse_elementwise`` makes one kernel of
 pointwise ops that follow each other; ``partition`` cuts the joint graph in two;

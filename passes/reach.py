@@ -182,7 +182,9 @@ def _select(node: fx.Node, cut: Cut) -> Reached | None:
 
 def _slice(node: fx.Node, cut: Cut) -> Reached | None:
     dim = _dim(node.args[1] if len(node.args) > 1 else 0, len(shape_of(node)))
-    return None if cut.dim == dim else {0: cut}
+    # A slice of all rows may stand where sizes are open.
+    is_whole = shape_of(node) == shape_of(node.args[0])  # type: ignore[arg-type]
+    return {0: cut} if cut.dim != dim or is_whole else None
 
 
 def _join(node: fx.Node, cut: Cut) -> Reached | None:

@@ -43,7 +43,7 @@ def _mark_softcap(flow: Flow, tanh: fx.Node) -> None:
 
 
 def _mark_gelu(flow: Flow, tanh: fx.Node) -> None:
-    """x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, whatever is multiplied first."""
+    """x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, whatever is multiplied first; 1 + tanh is twice the gate."""
     for user in tanh.users:
         terms = summands(user)
         if terms is None or [number(term) for term in terms if term is not tanh] != [1.0]:
@@ -53,7 +53,7 @@ def _mark_gelu(flow: Flow, tanh: fx.Node) -> None:
             x = _half_of(user, path, inner)
             cubic = None if x is None else _polynomial(tanh.args[0], x, inner, DEEPEST)
             if x is not None and cubic is not None and _is_gelus(cubic) and facts(root).pattern is None:
-                learn(root, pattern=Pattern("gelu_tanh", (x.name,), (), flow.inside(root, inner)))
+                learn(root, pattern=Pattern("gelu_tanh", (x.name,), (user.name,), flow.inside(root, inner)))
 
 
 def _products_of(node: fx.Node) -> list[list[fx.Node]]:

@@ -121,12 +121,21 @@ def estimate(demands: Demands, pricing: Pricing, kept: set[fx.Node]) -> Estimate
             price += (pricing.recompute(node) or 0) if facts(node).part == "forward" else 0
             waiting += demands.operands(node)
     changes: dict[int, int] = {}
+    passing: dict[int, list[int]] = {}
     for node, end in last.items():
         if (facts(node).part == "forward" and pricing.keep(node) is not None) or node in kept:
             size = bytes_of(value_of(node))
             start = 0 if node in kept else first[node]
+            if start == end:
+                passing.setdefault(start, []).append(size)
+                continue
             changes[start] = changes.get(start, 0) + size
             changes[end + 1] = changes.get(end + 1, 0) - size
+    for place, sizes in passing.items():
+        # Of a chain that is computed for one reader a value goes when the next is there.
+        most = sum(sorted(sizes)[-2:])
+        changes[place] = changes.get(place, 0) + most
+        changes[place + 1] = changes.get(place + 1, 0) - most
     alive, peak = 0, 0
     for place in sorted(changes):
         alive += changes[place]

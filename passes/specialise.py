@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.passes.branches import programs_inside
 from lrp_compiler.passes.cut_ops import called_on_rows
 from lrp_compiler.passes.cuts import WHOLE, Cut, Cuts, Picked, shape_of, take
 from lrp_compiler.passes.program import (
@@ -66,8 +67,9 @@ def can_specialise(program: Program, request: Request) -> bool:
     """Whether rows may be left out for a request."""
     inner = request.through or request.starts or request.edges or request.blocked
     against = program.composite is not None and program.composite.against_reference
+    branches = any(True for _ in programs_inside(program))
     whole = any(kind in ("parameter", "attention_map") for _, kind in request.sites)
-    return not (request.sinks or request.ledger or inner or against or whole)
+    return not (request.sinks or request.ledger or inner or against or branches or whole)
 
 
 def _without_outputs(program: Program, request: Request) -> Program:
@@ -146,13 +148,24 @@ class _Specialiser:
 
     def push(self, node: fx.Node) -> None:
         """Hand on to the operands of ``node`` what is wanted of it."""
-        kept = frozenset(cut for cut in self.wanted[node] if self.may_cut(node, cut) and reach(node, cut) is not None)
-        self.kept[node] = kept
+        kept = self.kept[node] = self.that_can_be_kept(node)
         for operand, needed in self.needs(node).items():
             self.want(operand, needed)
         pattern = facts(node).pattern
         for name in (*pattern.inputs, *pattern.saved) if pattern is not None and not kept else ():
             self.want(self.nodes[name], WHOLE)
+
+    def that_can_be_kept(self, node: fx.Node) -> Cuts:
+        """Of the rows wanted of ``node`` those that it can be computed for, along each dimension of an operand once."""
+        found: dict[Cut, set[tuple[int, int]]] = {}
+        for cut in sorted(self.wanted[node], key=lambda cut: cut.dim):
+            reached = reach(node, cut) if self.may_cut(node, cut) else None
+            if reached is None:
+                continue
+            places = {(place, one.dim) for place, one in reached.items()}
+            if all(places.isdisjoint(others) for others in found.values()):
+                found[cut] = places
+        return frozenset(found)
 
     def may_cut(self, node: fx.Node, cut: Cut) -> bool:
         """Whether ``node`` may be computed for some rows alone, as far as rules and patterns go."""

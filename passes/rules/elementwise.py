@@ -12,8 +12,9 @@ from torch import Tensor
 from lrp_compiler.kernels.gates import GATES
 from lrp_compiler.kernels.linear import conjugate
 from lrp_compiler.kernels.offset_gates import OFFSET_GATES
-from lrp_compiler.passes.operation import Operand, Operation
+from lrp_compiler.passes.operation import Operand, Operation, gates_a_product
 from lrp_compiler.passes.optable import op_name
+from lrp_compiler.passes.program import facts
 from lrp_compiler.passes.rules.base import EdgeKind, Edges, Rule, Sinks
 from lrp_compiler.passes.site import Site
 
@@ -24,6 +25,11 @@ def gated(gate: Callable[..., Tensor], c: Tensor, args: Any, kwargs: Any) -> Ten
     """c * g(x); the conjugate of g where values are complex, since R = Re(conj(c) a)."""
     given = gate(*args, **kwargs)
     return c * (conjugate(given) if c.is_complex() else given)
+
+
+def half_gated(c: Tensor, twice: Tensor) -> Tensor:
+    """c g of twice the gate."""
+    return c * (0.5 * twice)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,10 @@ class Identity(Rule):
         if key == "aten::relu":
             # The mask of y > 0 is that of x > 0, and ATen has it fused with the product.
             made = site.emitter.call(aten.threshold_backward.default, edge, site.node, 0)
+        elif key == "pattern::gelu_tanh" and not gates_a_product(site.op):
+            # What the forward pass has of the gate saves making it again of x; gated products have a kernel for that.
+            (twice,) = facts(site.node).pattern.saved  # type: ignore[union-attr]
+            made = site.emit(half_gated, edge, site.op.nodes[twice])
         else:
             made = site.emit(gated, GATES[key], edge, site.op.args, site.op.kwargs)
         return {receiver: made}

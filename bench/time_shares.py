@@ -1,0 +1,88 @@
+"""Where the time of an attribution goes: products, convolutions, attention, elementwise ops, copies, python.
+
+    python bench/time_shares.py [--out FOLDER] [--repeats N] [--models NAME ...]
+
+One row per model and side: ours (composite attnlrp, attributions alone) and eager input x gradient. Ops are timed by
+torch.profiler, which makes them dearer than they are: read the shares, not the sums. What no op accounts for of the
+wall-clock time is python and dispatch. Random weights, float32, batch 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from harness import command, machine, markdown, show, write, write_csv
+from torch.profiler import ProfilerActivity, profile
+from workloads import gpt2, input_x_gradient, llama, resnet, roberta, vgg16, vit
+
+from lrp_compiler import compile_for_lrp
+
+WORKLOADS = {"vit": vit, "roberta": roberta, "gpt2": gpt2, "llama": llama, "resnet": resnet, "vgg16": vgg16}
+KINDS = {
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "convolutions": ("convolution", "mkldnn", "slow_conv", "thnn_conv"),
+    "attention": ("scaled_dot_product",),
+    "norms": ("norm",),
+    "copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_", "aten::index", "aten::clone"),
+}
+"""Kind -> what the names of its ops hold, tried in order; any other op of torch's is elementwise or a reduction."""
+REST = "elementwise and reductions"
+PYTHON = "python and dispatch"
+HEADER = ("model", "side", "ms", *KINDS, REST, PYTHON, "ops")
+
+
+def kind_of(name: str) -> str:
+    """The kind of an op by its name."""
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), REST)
+
+
+def shares(call: Callable[[], object], repeats: int) -> list[str]:
+    """Milliseconds of one call, the share of each kind of op and of what is not an op, and the number of ops."""
+    for _ in range(2):
+        call()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        wall = (time.perf_counter() - start) * 1e6
+    spent, ops = dict.fromkeys((*KINDS, REST), 0.0), 0
+    for row in profiled.key_averages():
+        if row.key.startswith(("aten::", "lrp::")):
+            spent[kind_of(row.key)] += row.self_cpu_time_total
+            ops += row.count
+    spent[PYTHON] = max(0.0, wall - sum(spent.values()))
+    return [
+        f"{wall / repeats / 1e3:.0f}",
+        *(f"{100 * part / wall:.1f} %" for part in spent.values()),
+        str(ops // repeats),
+    ]
+
+
+def main() -> None:
+    """Measure, print, and write files if asked."""
+    parser = command(__doc__, "also write time_shares.csv and time_shares.md into this folder")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    lines = []
+    for name in options.models:
+        work = WORKLOADS[name]()
+        work.model.requires_grad_(False)
+        sides = {
+            "ours, attnlrp": partial(compile_for_lrp(work.model, "attnlrp").attribute, work.x, work.target),
+            "eager input x gradient": partial(input_x_gradient, work),
+        }
+        lines += [[work.name, side, *shares(call, options.repeats)] for side, call in sides.items()]
+    where = f"{machine()}, float32, batch 1"
+    show(where, HEADER, lines)
+    if options.out:
+        write(options.out / "time_shares.md", f"{markdown(HEADER, lines)}\n\n{where}\n")
+        write_csv(options.out / "time_shares.csv", ("machine", *HEADER), ([where, *line] for line in lines))
+
+
+if __name__ == "__main__":
+    main()
