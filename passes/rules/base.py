@@ -29,7 +29,8 @@ class Rule:
     edges, which all rules but filters do; a rule that ``folds_batch_norm`` takes a batch norm that follows
     its op as part of it; one that is ``real_only`` asks for signs, which complex values have not. One that goes
     ``by_row`` hands on the edge of each row of the output whatever the others get, so that rows without an edge can be
-    left out; it is not inherited, since what a subclass does is not known. Subclasses are
+    left out; it is linear in the seed, since a row may be there twice. That is not inherited: what a subclass does is
+    not known. Subclasses are
     frozen dataclasses, so that two rules with the same parameters are equal; those that hold tensors equal themselves
     alone.
     """
@@ -78,7 +79,7 @@ class Rule:
 
 def is_by_row(rule: Rule) -> bool:
     """Whether a rule says of itself that it goes by row."""
-    return bool(vars(type(rule)).get("by_row", False))
+    return rule.linear_in_seed and bool(vars(type(rule)).get("by_row", False))
 
 
 @dataclass(frozen=True)

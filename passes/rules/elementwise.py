@@ -77,7 +77,6 @@ class DeconvNet(Rule):
     """c_x = max(c_y, 0), whatever x is (Zeiler and Fergus 2014); not linear in the seed."""
 
     name: ClassVar[str] = "deconvnet"
-    by_row: ClassVar[bool] = True
     linear_in_seed: ClassVar[bool] = False
 
     def propagate(self, site: Site, edge: Any) -> Edges:
@@ -89,7 +88,6 @@ class GuidedBackprop(Rule):
     """c_x = c_y where x > 0 and c_y > 0 (Springenberg et al. 2015); not linear in the seed."""
 
     name: ClassVar[str] = "guided_backprop"
-    by_row: ClassVar[bool] = True
     linear_in_seed: ClassVar[bool] = False
 
     def propagate(self, site: Site, edge: Any) -> Edges:

@@ -375,3 +375,16 @@ def test_top_k_of_many_classes() -> None:
     seed = TopK(3).seed(model(x).detach())
     expected = explained.run(x)[1].relevance(lambda output: (output * seed).sum())
     assert_same(explained.attribute(x, TopK(3)), expected)
+
+
+@pytest.mark.parametrize("composite", ["guided_backprop", "deconvnet", "epsilon"])
+@pytest.mark.parametrize("target", [Contrast((1, 2), (1, 5)), Contrast((1, 2), (1, 2))], ids=str)
+def test_a_row_asked_for_twice_is_one_row(target: Contrast, composite: str) -> None:
+    """Rules that are not linear in the seed see what both entries of a position send, not each by itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 9)).double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    explained = compile_for_lrp(model, composite)
+    seed = target.seed(model(x).detach())
+    expected = explained.run(x)[1].relevance(lambda output: (output * seed).sum())
+    torch.testing.assert_close(explained.attribute(x, target), expected, rtol=1e-12, atol=1e-15)
