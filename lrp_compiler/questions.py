@@ -95,7 +95,8 @@ class Questions:
     def sparse(self, target: Target, request: Request) -> Question | None:
         """The question with its seed on few rows; None where the target has no such seed, or it would cost more."""
         (chosen,) = request.outputs
-        if reads_output(target):
+        if reads_output(target) or isinstance(target, Several):
+            # Several targets share one forward pass, so that it cannot be for the rows of one.
             self.recording.outputs()
         is_lean = self.recording.is_waiting
         output = self.recording.shapes()[chosen].detach()

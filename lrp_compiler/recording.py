@@ -81,6 +81,7 @@ class Recording:
         self._once = once
         self._inputs: dict[str, Any] = {}
         self._waiting: list[Any] | None = None
+        self._first = threading.Lock()
         self._saved = _Values()
         self._reference_inputs: dict[str, Tensor] = {}
         self._references = _Values()
@@ -117,26 +118,26 @@ class Recording:
     def record(self) -> list[Tensor]:
         """Run the whole forward pass; returns the output leaves that are tensors."""
         self.check_fresh()
-        self._saved = _Values()
-        self._leaves = self._run_first(self._compiler.emitted(self._call, self._request)[1], {})
+        self._leaves, saved = self._run_first(self._compiler.emitted(self._call, self._request)[1], {})
+        self._saved.add(saved, has_history=self._has_history)
         self.has_outputs = True
         return self._leaves
 
-    def _run_first(self, executable: Executable, rows: dict[str, Tensor]) -> list[Tensor]:
-        """Run the forward pass and take over what it leaves; the first time, write back what it changes in place."""
-        is_first, inputs = self._waiting is not None, self._waiting or list(self._inputs.values())
-        if is_first:
-            self._random = RandomNumbers(devices_of(inputs)) if self._call.is_random else None
-        drawing = self._random_numbers() if not is_first or self._random is None else self._random.drawn()
-        with torch.set_grad_enabled(self._has_history), drawing:
-            leaves, mutated, saved = _run_forward(executable, [*inputs, *rows.values()], self.sizes)
-        self._saved.add(saved, has_history=self._has_history)
-        if is_first:
-            self._waiting = None
-            if mutated:
-                write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
-                self._versions = dict(zip(self._inputs, _versions(self._inputs.values()), strict=True))
-        return leaves
+    def _run_first(self, executable: Executable, rows: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """(output leaves, recorded values) of the forward pass; the first one writes back what it changes in place."""
+        with self._first:
+            is_first, inputs = self._waiting is not None, self._waiting or list(self._inputs.values())
+            if is_first:
+                self._random = RandomNumbers(devices_of(inputs)) if self._call.is_random else None
+            drawing = self._random.drawn() if is_first and self._random is not None else self._random_numbers()
+            with torch.set_grad_enabled(self._has_history), drawing:
+                leaves, mutated, saved = _run_forward(executable, [*inputs, *rows.values()], self.sizes)
+            if is_first:
+                self._waiting = None
+                if mutated:
+                    write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
+                    self._versions = dict(zip(self._inputs, _versions(self._inputs.values()), strict=True))
+        return leaves, saved
 
     def _bound(self, inputs: list[Any]) -> Sizes:
         """The sizes of this call; raises SizesError when code that has been generated does not hold for them."""
@@ -193,11 +194,14 @@ class Recording:
         executable = self._compiler.emitted(self._call, question.request)[1]
         # Code for a new question may ask more of the sizes than the forward pass did.
         self._bound(list(self._inputs.values()))
-        if self._waiting is not None and question.request.keeps_outputs:
+        if not question.request.keeps_outputs:
+            # What the pass leaves for these rows is of no use to another question.
+            own = _Values()
+            own.add(self._run_first(executable, question.rows)[1], has_history=self._has_history)
+            return self.run(executable, question, own, **how)
+        if self._waiting is not None:
             self.record()
-        elif self._waiting is not None:
-            self._run_first(executable, question.rows)
-        return self.run(executable, question, **how)
+        return self.run(executable, question, self._saved, **how)
 
     def prepared_for(self, request: Request) -> bool:
         """Whether what the forward pass was made to leave is all that the relevance code of ``request`` reads.
@@ -215,18 +219,19 @@ class Recording:
         self,
         executable: Executable,
         question: Question,
+        saved: _Values,
         *,
         differentiable: bool = False,
         create_graph: bool = False,
     ) -> Results:
-        """Run a relevance graph; ``differentiable`` seeds record gradients.
+        """Run a relevance graph on what the forward pass ``saved``; ``differentiable`` seeds record gradients.
 
         With ``create_graph`` the results also have the derivatives that forward values, inputs and parameters give
         them; raises NoHistoryError.
         """
-        self._complete(executable, create_graph, question.rows)
+        self._complete(executable, create_graph, question.rows, saved)
         inputs = {**self._inputs, **question.rows}
-        values = [inputs[name] for name in executable.free] + [self._saved.known[name] for name in executable.saved]
+        values = [inputs[name] for name in executable.free] + [saved.known[name] for name in executable.saved]
         values += [self._references.known[name] for name in executable.reference]
         if differentiable and not create_graph:
             values = [value.detach() if isinstance(value, Tensor) else value for value in values]
@@ -240,13 +245,14 @@ class Recording:
             else:
                 values += [*question.seeds.values(), *question.masks.values()]
                 if self._once:
-                    self._give_up(question)
+                    self._give_up(question, saved)
                 results = code.consume(self.sizes, values) if code.takes_list else code(self.sizes, *values)
         return list(zip(executable.program.results, results, strict=True))
 
-    def _give_up(self, question: Question) -> None:
+    def _give_up(self, question: Question, saved: _Values) -> None:
         """Let go of what the forward pass left, so that memory is free again behind the last reader of each value."""
-        self._saved, self._references, self._leaves, self._reference_leaves = _Values(), _Values(), [], []
+        self._references, self._leaves, self._reference_leaves = _Values(), [], []
+        saved.known.clear()
         question.seeds.clear()
 
     def interpreted(self, seeds: dict[int, Tensor], sites: Sites) -> Results:
@@ -259,7 +265,7 @@ class Recording:
             values = reference_relevance(self.program, list(self._inputs.values()), seeds, [n for n, _ in sites])
         return [(Result(kind, name), values[name]) for name, kind in sites]
 
-    def _complete(self, executable: Executable, create_graph: bool, rows: dict[str, Tensor]) -> None:
+    def _complete(self, executable: Executable, create_graph: bool, rows: dict[str, Tensor], kept: _Values) -> None:
         """Recompute what this question needs and the forward pass did not keep, or kept without its history."""
         if create_graph and not self._has_history:
             raise NoHistoryError(cause="the forward pass ran with gradients disabled")
@@ -267,11 +273,11 @@ class Recording:
             raise NoHistoryError(cause="gradients are disabled here")
         if self._references.lack(executable.reference, create_graph):
             self._run_reference(executable, create_graph)
-        if not self._saved.lack(executable.saved, create_graph):
+        if not kept.lack(executable.saved, create_graph):
             return
         with torch.set_grad_enabled(create_graph), self._random_numbers():
             _, _, saved = _run_forward(executable, [*self._inputs.values(), *rows.values()], self.sizes)
-        self._saved.add(saved, has_history=create_graph)
+        kept.add(saved, has_history=create_graph)
 
     def _run_reference(self, executable: Executable, create_graph: bool = False) -> None:
         """The same forward code on the baselines; what it would change in place stays as it is."""

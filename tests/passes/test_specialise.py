@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import together
 
 from lrp_compiler import LRPModule, compile_for_lrp
 from lrp_compiler.captures import Captures
@@ -388,3 +390,26 @@ def test_a_row_asked_for_twice_is_one_row(target: Contrast, composite: str) -> N
     seed = target.seed(model(x).detach())
     expected = explained.run(x)[1].relevance(lambda output: (output * seed).sum())
     torch.testing.assert_close(explained.attribute(x, target), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_several_targets_of_a_pass_that_waits() -> None:
+    torch.manual_seed(0)
+    explained = compile_for_lrp(MODEL, "attnlrp")
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    asked = [(0, 1), (3, 5)]
+    tape = explained.run(x, outputs=False)[1]
+    for found, target in zip(tape.relevance_of_each(asked), asked, strict=True):
+        assert_same(found, explained.attribute(x, target))
+
+
+def test_threads_that_ask_a_waiting_tape_get_their_own_rows() -> None:
+    """Whoever comes first runs the pass for its rows; nobody reads another one's."""
+    torch.manual_seed(0)
+    explained = compile_for_lrp(MODEL, "attnlrp")
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    asked = [(row, column) for row in range(4) for column in range(2)]
+    expected = [explained.run(x)[1].relevance(logit(target)) for target in asked]
+    for _ in range(5):
+        tape = explained.run(x, outputs=False)[1]
+        for found, one in zip(together([partial(tape.relevance, target) for target in asked]), expected, strict=True):
+            assert_same(found, one)
