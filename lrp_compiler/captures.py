@@ -29,6 +29,7 @@ from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
 from lrp_compiler.passes.program import InputKind, Program, graph_inputs
 from lrp_compiler.passes.sizes import SizeBinder, Sizes
+from lrp_compiler.weight_casts import WeightCasts
 from lrp_compiler.weightless import has_values
 
 GRAPHS = 8
@@ -209,6 +210,7 @@ class Captures:
         self.lock = COMPILING
         self.history: deque[Compilation] = deque(maxlen=100)
         self._families: dict[Any, _Family] = {}
+        self.casts = WeightCasts()
         self._known = LiveModel()
 
     def call(

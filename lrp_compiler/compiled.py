@@ -20,6 +20,7 @@ from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.draws import draws_numbers
 from lrp_compiler.passes.errors import OutputError, ReferenceModeError
 from lrp_compiler.passes.pipeline import Stage, emit, explain
+from lrp_compiler.passes.precision import Precision
 from lrp_compiler.passes.program import Constant, Program, Reading, Request, facts, is_float
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.sizes import Size, SizeBinder, Sizes
@@ -38,6 +39,7 @@ class ExplainedCall:
     binder: SizeBinder
     goal: MemoryGoal
     backend: Backend
+    precision: Precision | None = None
     executables: dict[Request, tuple[tuple[Stage, ...], Executable]] = field(default_factory=dict)
 
     @property
@@ -60,7 +62,7 @@ class ExplainedCall:
     def emitted(self, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """All stages and the code for ``request``, made at its first use."""
         if request not in self.executables:
-            self.executables[request] = emit(self.stages, request, self.goal, self.backend)
+            self.executables[request] = emit(self.stages, request, self.goal, self.backend, self.precision)
         return self.executables[request]
 
     @cached_property
@@ -128,8 +130,9 @@ class Compiler:
             known = self._explained.setdefault(call, {})
             if inputs not in known:
                 stages = explain(call.stages, *inputs, self._choose)
-                goal, backend = self.options.memory_goal, self.options.backend
-                known[inputs] = ExplainedCall(stages, call.binder, goal, backend)
+                options = self.options
+                made = (options.memory_goal, options.backend, options.precision)
+                known[inputs] = ExplainedCall(stages, call.binder, *made)
             return known[inputs]
 
     def explain_partly(self, call: CapturedCall, attributed: tuple[str, ...] | None) -> tuple[Stage, ...]:

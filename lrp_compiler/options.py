@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lrp_compiler.passes.backend import BACKENDS, Backend
 from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.errors import OptionValueError, UnknownOptionError
+from lrp_compiler.passes.precision import GivenPrecision, Precision, precision_of
 from lrp_compiler.passes.rules.base import Rule
 from lrp_compiler.registry import GivenRule, target_name
 
@@ -53,6 +54,19 @@ class Options:
         },
     )
 
+    relevance_dtype: GivenPrecision = field(
+        default=None,
+        metadata={
+            "help": "dtype of the relevance pass: torch.bfloat16 (weights are kept a second time, rounded), 'high' for"
+            " float32 or wider, None for the model's; outputs keep every bit"
+        },
+    )
+
+    @property
+    def precision(self) -> Precision | None:
+        """What relevance is computed in; None for the model's dtype."""
+        return precision_of(self.relevance_dtype)
+
     @property
     def memory_goal(self) -> MemoryGoal:
         """What lower_promises is to reach."""
@@ -82,6 +96,9 @@ def parse_options(given: dict[str, Any]) -> Options:
         raise OptionValueError(name="memory_budget", value=budget, cause="it is a number from 0 to 1")
     if options.backend not in BACKENDS:
         raise OptionValueError(name="backend", value=options.backend, cause=f"it is one of {', '.join(BACKENDS)}")
+    if options.precision is not None and options.reference:
+        cause = "the reference interpreter computes in the model's dtype"
+        raise OptionValueError(name="relevance_dtype", value=options.relevance_dtype, cause=cause)
     if options.reference and options.verify != "off":
         raise OptionValueError(name="reference", value=True, cause="the reference interpreter keeps no ledger")
     return options

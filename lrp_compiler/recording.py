@@ -18,7 +18,7 @@ from lrp_compiler.compiled import Compiler, ExplainedCall
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import NoHistoryError, ReferenceModeError, SizesError, StaleTapeError
-from lrp_compiler.passes.program import Constant, InputKind, Mutation, Program, Reading, Request, Result, is_float
+from lrp_compiler.passes.program import Cast, Constant, InputKind, Mutation, Program, Reading, Request, Result, is_float
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.sizes import Sizes, value_of_sizes
 from lrp_compiler.random_numbers import RandomNumbers, devices_of, draws_repeated
@@ -233,6 +233,7 @@ class Recording:
         inputs = {**self._inputs, **question.rows}
         values = [inputs[name] for name in executable.free] + [saved.known[name] for name in executable.saved]
         values += [self._references.known[name] for name in executable.reference]
+        values += [self._cast(cast, create_graph) for cast in executable.casts]
         if differentiable and not create_graph:
             values = [value.detach() if isinstance(value, Tensor) else value for value in values]
         recorded = differentiable or create_graph
@@ -248,6 +249,11 @@ class Recording:
                     self._give_up(question, saved)
                 results = code.consume(self.sizes, values) if code.takes_list else code(self.sizes, *values)
         return list(zip(executable.program.results, results, strict=True))
+
+    def _cast(self, cast: Cast, has_history: bool) -> Tensor:
+        """A parameter in the dtype of relevance; one with history is made for this answer alone."""
+        parameter = self._inputs[cast.of]
+        return parameter.to(cast.dtype) if has_history else self._compiler.captures.casts.of(parameter, cast.dtype)
 
     def _give_up(self, question: Question, saved: _Values) -> None:
         """Let go of what the forward pass left, so that memory is free again behind the last reader of each value."""

@@ -262,8 +262,11 @@ class Tape:
         results, seeds = self._ask(target, output, (), sinks=True, ledger=True)
         leaves = self._recording.amounts()
         total = sum(float(total_of(seed, leaves[index].detach())[0]) for index, seed in seeds.items())
-        dtype = next(iter(seeds.values())).dtype
-        return ledger_from_results(self.program, results, total, dtype)
+        dtypes = {seed.dtype for seed in seeds.values()}
+        if self._call.precision is not None:
+            dtypes |= {self._call.precision.of(dtype) for dtype in dtypes}
+        coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        return ledger_from_results(self.program, results, total, coarsest)
 
     def seeded_output(self, target: Target = None, output: str | None = None, *, create_graph: bool = False) -> Tensor:
         """Per sample, the sum of seed times output: what relevance at inputs and sinks adds up to.

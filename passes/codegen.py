@@ -21,7 +21,7 @@ from lrp_compiler.passes.branches import (
 )
 from lrp_compiler.passes.buffers import free_values, recorded_values, reference_values, saved_values
 from lrp_compiler.passes.differentiable import check_differentiable, keep_derivatives, write_plainly
-from lrp_compiler.passes.program import Constant, Program, copy_graph, is_float
+from lrp_compiler.passes.program import Cast, Constant, Program, copy_graph, is_float
 from lrp_compiler.passes.sizes import Size, Sizes
 
 
@@ -52,10 +52,11 @@ class Code:
 @dataclass(frozen=True)
 class Executable:
     """Compiled code: ``forward(sizes, *inputs) -> outputs, mutated values, recorded values`` and, when relevance was
-    requested, ``relevance(sizes, *free, *saved, *reference, *seeds) -> results``.
+    requested, ``relevance(sizes, *free, *saved, *reference, *casts, *seeds) -> results``.
 
     ``free``, ``saved`` and ``reference`` name those arguments, the last by the node whose value in the reference run
-    it is; ``recorded`` names what the forward pass returns for them. ``milliseconds`` is what making it took.
+    it is, and ``casts`` tell what the next hold; ``recorded`` names what the forward pass returns for them.
+    ``milliseconds`` is what making it took.
     """
 
     program: Program
@@ -65,6 +66,7 @@ class Executable:
     saved: tuple[str, ...]
     reference: tuple[str, ...]
     recorded: tuple[str, ...]
+    casts: tuple[Cast, ...] = ()
     milliseconds: float = 0.0
 
     @cached_property
@@ -86,6 +88,7 @@ def codegen(program: Program) -> Executable:
         saved=tuple(saved_values(program)),
         reference=tuple(reference_values(program)),
         recorded=tuple(recorded_values(program)),
+        casts=program.casts,
     )
 
 

@@ -31,7 +31,7 @@ def fixed_nodes(graph: fx.Graph) -> set[fx.Node]:
     fixed: set[fx.Node] = set()
     for node in graph.nodes:
         part = facts(node).part
-        if node.op == "output" or part in ("seed", "reference") or node.target is reference_promise:
+        if node.op == "output" or part in ("seed", "reference", "cast") or node.target is reference_promise:
             continue
         if part == "forward" or node.target is promise or (_is_pure(node) and fixed.issuperset(node.all_input_nodes)):
             fixed.add(node)

@@ -13,7 +13,8 @@ def partition(program: Program) -> Program:
     """Cut where relevance begins.
 
     The forward graph returns (output leaves that are tensors, mutated values, recorded values); the relevance graph
-    takes (free values, saved buffers, values of the reference run, seeds) and returns the results in order.
+    takes (free values, saved buffers, values of the reference run, cast parameters, seeds) and returns the results in
+    order.
     """
     return program.having(graph=_forward_graph(program), relevance_graph=_relevance_graph(program))
 
@@ -45,7 +46,8 @@ def _relevance_graph(program: Program) -> fx.Graph:
     seeds = [node for node in program.graph.nodes if facts(node).part == "seed"]
     promised = [nodes[name] for name in [*free_values(program), *saved_values(program)]]
     inputs = {facts(node).origin: node for node in program.graph.nodes if facts(node).part == "reference"}
-    for node in [*promised, *(inputs[name] for name in reference_values(program)), *seeds]:
+    casts = [nodes[cast.name] for cast in program.casts]
+    for node in [*promised, *(inputs[name] for name in reference_values(program)), *casts, *seeds]:
         values[node] = graph.placeholder(node.name)
         values[node].meta = dict(node.meta)
     for node in program.graph.nodes:

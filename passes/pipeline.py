@@ -32,10 +32,12 @@ from lrp_compiler.passes.lower_promises import lower_promises
 from lrp_compiler.passes.partition import forward_only, partition
 from lrp_compiler.passes.pin import pin
 from lrp_compiler.passes.plan_memory import plan_memory
+from lrp_compiler.passes.precision import Precision
 from lrp_compiler.passes.printer import print_program
 from lrp_compiler.passes.program import InputKind, Program, Request
 from lrp_compiler.passes.recognise import recognise
 from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.passes.set_precision import set_precision
 from lrp_compiler.passes.share_memory import share_memory
 from lrp_compiler.passes.simplify import simplify
 from lrp_compiler.passes.specialise import specialise
@@ -56,6 +58,7 @@ EMIT: tuple[Pass, ...] = (
     simplify,
     fuse,
     compress,
+    set_precision,
     lower_promises,
     fuse_elementwise,
     partition,
@@ -67,7 +70,7 @@ EMIT: tuple[Pass, ...] = (
 PIPELINE: tuple[Pass, ...] = (*CAPTURE, *EXPLAIN, *EMIT)
 
 
-ENTERING = frozenset({clean, pin, *EXPLAIN, specialise, insert_relevance})
+ENTERING = frozenset({clean, pin, *EXPLAIN, specialise, insert_relevance, set_precision})
 """The passes that see to the branches of a torch.cond themselves: what is found there depends on its operands."""
 
 
@@ -175,12 +178,20 @@ def explain(
 
 
 def emit(
-    explained: tuple[Stage, ...], request: Request, goal: MemoryGoal | None = None, backend: Backend = "auto"
+    explained: tuple[Stage, ...],
+    request: Request,
+    goal: MemoryGoal | None = None,
+    backend: Backend = "auto",
+    precision: Precision | None = None,
 ) -> tuple[tuple[Stage, ...], Executable]:
-    """The stages of EMIT for one request under a memory goal, with kernels where ``backend`` has them, and the code."""
+    """The stages of EMIT for one request and the code, under a memory goal, with kernels where ``backend`` has them.
+
+    ``precision`` says what relevance is computed in; None is the model's own dtype.
+    """
     settings: dict[Pass, tuple[Any, ...]] = {
         specialise: (request,),
         insert_relevance: (request,),
+        set_precision: (precision,),
         lower_promises: (goal,),
         fuse: (backend,),
         fuse_elementwise: (backend,),

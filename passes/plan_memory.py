@@ -27,7 +27,7 @@ def plan_memory(program: Program) -> Program:
     if relevance is None:
         return program
     forward = footprint(program.graph)
-    inputs = {spec.node for spec in program.inputs}
+    inputs = {*(spec.node for spec in program.inputs), *(cast.name for cast in program.casts)}
     held = frozenset(node for node in relevance.nodes if node.op == "placeholder" and node.name not in inputs)
     peaks = [footprint(relevance, held).peak]
     if any(buffer.kind == "reference" for buffer in program.buffers):

@@ -96,7 +96,7 @@ class Facts:
     A value that ``varies`` may be another one in the reference run, the forward pass on baseline inputs.
     """
 
-    part: Literal["forward", "seed", "relevance", "promise", "reference"] = "forward"
+    part: Literal["forward", "seed", "relevance", "promise", "reference", "cast"] = "forward"
     live: bool = False
     flows: bool = False
     varies: bool = False
@@ -144,6 +144,15 @@ class Pin:
 
     input: str
     value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A further input of the relevance graph: the parameter that the graph input ``of`` holds, in another dtype."""
+
+    name: str
+    of: str
+    dtype: torch.dtype
 
 
 Reading = Literal["relevance", "token_relevance", "coefficient", "activation", "attention_map", "parameter"]
@@ -217,11 +226,10 @@ class Program:
     live ops without a rule, where that was asked for; such a program cannot be emitted.
     ``outputs`` holds, per leaf of the model's output tree, a node name or the constant itself; ``seeded`` the node
     where the seed of an output starts, by leaf, if that is another one; ``kept`` the nodes that are recorded beside
-    what the relevance graph reads. ``root`` owns the
-    sub-graphs of higher-order ops until ``canonicalise`` has inlined them. ``kernels`` says what ``fuse`` made of what
-    a kernel might compute. After ``partition`` ``graph`` is the
-    forward graph and ``relevance_graph`` the other half. ``traces`` caches traced functions by signature and is
-    shared by all programs that come from one capture.
+    what the relevance graph reads. ``root`` owns the sub-graphs of higher-order ops until ``canonicalise`` has inlined
+    them. ``kernels`` says what ``fuse`` made of what a kernel might compute; ``casts`` the parameters that relevance
+    reads in a narrower dtype. After ``partition`` ``graph`` is the forward graph and ``relevance_graph`` the other
+    half. ``traces`` caches traced functions by signature and is shared by all programs that come from one capture.
     """
 
     graph: fx.Graph
@@ -246,6 +254,7 @@ class Program:
     buffers: tuple[Buffer, ...] = ()
     memory: MemoryPlan | None = None
     kernels: tuple[KernelUse, ...] = ()
+    casts: tuple[Cast, ...] = ()
     relevance_graph: fx.Graph | None = None
     traces: dict[object, fx.GraphModule] = field(default_factory=dict, compare=False, repr=False)
 

@@ -200,6 +200,7 @@ LEGAL: dict[str, tuple[Check, ...]] = {
     "simplify": JOINT,
     "fuse": JOINT,
     "compress": JOINT,
+    "set_precision": JOINT,
     "lower_promises": (*FUNCTIONAL, no_promises),
     "fuse_elementwise": (*FUNCTIONAL, no_promises),
     "partition": (*FUNCTIONAL, is_partitioned),

@@ -1,4 +1,4 @@
-"""The text of every stage for six tiny models; ``make golden`` accepts changes.
+"""The text of every stage for a few tiny models; ``make golden`` accepts changes.
 
 Goldens leave out timings and source lines, so that they change only when a pass does.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,9 @@ MODELS = {
     "attention": (Attention, "attnlrp", (1, 3, 4)),
     "gated_mlp": (GatedMLP, "cp_lrp", (2, 4)),
     "tokens": (Tokens, "input_x_gradient", None),
+    "gated_mlp_bfloat16": (GatedMLP, "attnlrp", (2, 4)),
 }
+OPTIONS: dict[str, dict[str, Any]] = {"gated_mlp_bfloat16": {"relevance_dtype": torch.bfloat16}}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -87,7 +90,7 @@ def test_every_stage_prints_as_before(name: str) -> None:
     make, composite, shape = MODELS[name]
     model = make().eval()
     x = torch.tensor([[1, 2, 3]]) if shape is None else torch.randn(shape)
-    stages = compile_for_lrp(model, composite).stages(x)
+    stages = compile_for_lrp(model, composite, **OPTIONS.get(name, {})).stages(x)
     bodies = [stage.text(sources=False).partition("\n")[2] for stage in stages]
     pairs = zip(stages, bodies, [None, *bodies], strict=False)
     text = "\n".join(f"# {stage.name}\n{body if body != last else '# (as before)'}" for stage, body, last in pairs)
