@@ -15,12 +15,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import command, in_turns, machine, markdown, show, spread, write, write_csv
-from workloads import Workload, gpt2, input_x_gradient, llama, resnet, roberta, vgg16, vit
+from harness import command, in_turns, publish, spread
+from workloads import Workload, input_x_gradient, timed
 
 from lrp_compiler import compile_for_lrp
 
-WORKLOADS = (vit, roberta, gpt2, llama, resnet, vgg16)
 HEADER = ("model", "provider", "median ms", "p20", "p80", "x forward", "x input x gradient")
 
 
@@ -69,19 +68,12 @@ def main() -> None:
     parser = command(__doc__, "also write cost.csv and cost.md into this folder")
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
-    torch.manual_seed(0)
     lines: list[list[str]] = []
-    for make in WORKLOADS:
-        work = make()
-        work.model.requires_grad_(False)
+    for work in timed():
         if not agrees(work):
             sys.exit(f"{work.name}: ours disagrees with autograd; nothing was timed")
         lines += rows(work, options.repeats)
-    where = f"{machine()}, float32, batch 1"
-    show(where, HEADER, lines)
-    if options.out:
-        write(options.out / "cost.md", f"{markdown(HEADER, lines)}\n\n{where}\n")
-        write_csv(options.out / "cost.csv", ("machine", *HEADER), ([where, *line] for line in lines))
+    publish("cost", HEADER, lines, options.out)
 
 
 if __name__ == "__main__":

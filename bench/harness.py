@@ -114,6 +114,15 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         writer.writerows(rows)
 
 
+def publish(stem: str, header: Sequence[str], rows: Sequence[Sequence[str]], folder: Path | None) -> None:
+    """Show rows measured in float32 at batch 1, and write them to ``stem``.md and .csv if there is a folder."""
+    where = f"{machine()}, float32, batch 1"
+    show(where, header, rows)
+    if folder:
+        write(folder / f"{stem}.md", f"{markdown(header, rows)}\n\n{where}\n")
+        write_csv(folder / f"{stem}.csv", ("machine", *header), ([where, *row] for row in rows))
+
+
 def command(description: str | None, out: str = "") -> argparse.ArgumentParser:
     """The parser of a benchmark's command line, with ``--out`` for what ``out`` says."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -13,14 +13,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-import torch
-from harness import command, machine, markdown, show, write, write_csv
+from harness import command, publish
 from torch.profiler import ProfilerActivity, profile
-from workloads import gpt2, input_x_gradient, llama, resnet, roberta, vgg16, vit
+from workloads import TIMED, input_x_gradient, timed
 
 from lrp_compiler import compile_for_lrp
 
-WORKLOADS = {"vit": vit, "roberta": roberta, "gpt2": gpt2, "llama": llama, "resnet": resnet, "vgg16": vgg16}
 KINDS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     "convolutions": ("convolution", "mkldnn", "slow_conv", "thnn_conv"),
@@ -65,23 +63,16 @@ def main() -> None:
     """Measure, print, and write files if asked."""
     parser = command(__doc__, "also write time_shares.csv and time_shares.md into this folder")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--models", nargs="+", choices=list(TIMED), default=list(TIMED))
     options = parser.parse_args()
-    torch.manual_seed(0)
     lines = []
-    for name in options.models:
-        work = WORKLOADS[name]()
-        work.model.requires_grad_(False)
+    for work in timed(options.models):
         sides = {
             "ours, attnlrp": partial(compile_for_lrp(work.model, "attnlrp").attribute, work.x, work.target),
             "eager input x gradient": partial(input_x_gradient, work),
         }
         lines += [[work.name, side, *shares(call, options.repeats)] for side, call in sides.items()]
-    where = f"{machine()}, float32, batch 1"
-    show(where, HEADER, lines)
-    if options.out:
-        write(options.out / "time_shares.md", f"{markdown(HEADER, lines)}\n\n{where}\n")
-        write_csv(options.out / "time_shares.csv", ("machine", *HEADER), ([where, *line] for line in lines))
+    publish("time_shares", HEADER, lines, options.out)
 
 
 if __name__ == "__main__":

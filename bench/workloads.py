@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -160,6 +160,19 @@ class Entry:
         torch.manual_seed(0)
         work = self.build(batch)
         return replace(work, model=work.model.requires_grad_(False).to(device), x=work.x.to(device))
+
+
+TIMED = {"vit": vit, "roberta": roberta, "gpt2": gpt2, "llama": llama, "resnet": resnet, "vgg16": vgg16}
+"""What ours alone is timed on, by name."""
+
+
+def timed(names: Iterable[str] = TIMED) -> Iterator[Workload]:
+    """The workloads of these names at batch 1, parameters frozen, each made when the one before it is done with."""
+    torch.manual_seed(0)
+    for name in names:
+        work = TIMED[name]()
+        work.model.requires_grad_(False)
+        yield work
 
 
 COMPARED = (

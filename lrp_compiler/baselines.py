@@ -22,6 +22,16 @@ def named_inputs(baselines: Baselines) -> tuple[str, ...]:
     return tuple(baselines) if isinstance(baselines, dict) else ()
 
 
+def by_input_name(baselines: Any, names: list[str]) -> Baselines:
+    """Baselines as ``attribute`` takes them, by input name; raises BaselineError."""
+    if not isinstance(baselines, (tuple, list)):
+        return baselines  # type: ignore[no-any-return]
+    if len(baselines) != len(names):
+        cause = f"{len(baselines)} for {len(names)} input(s)"
+        raise BaselineError(name="baselines", cause=cause, remedy="Give one baseline for each input.")
+    return dict(zip(names, baselines, strict=True))
+
+
 def reference_inputs(program: Program, inputs: list[Any], baselines: Baselines) -> dict[str, Tensor]:
     """By node name, what the inputs that differ in the reference run are there, in the form of this run's ``inputs``.
 

@@ -12,22 +12,23 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.baselines import Baseline, Baselines, named_inputs, reference_inputs
+from lrp_compiler.baselines import Baseline, Baselines, by_input_name, named_inputs, reference_inputs
 from lrp_compiler.captures import BoundCall, Captures, Compilation
 from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
 from lrp_compiler.coverage import Coverage, measure_coverage
+from lrp_compiler.forward_requests import default_request, one_row, prepared_for_rows
 from lrp_compiler.options import Options
 from lrp_compiler.passes.cast_explicitly import without_autocast
-from lrp_compiler.passes.errors import ArgumentError, BaselineError, HookError, LRPError, UnknownInputError
+from lrp_compiler.passes.errors import ArgumentError, HookError, LRPError, UnknownInputError
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import Request
 from lrp_compiler.passes.rules.base import Composite
-from lrp_compiler.questions import Asked, one_row, prepared_for_rows
+from lrp_compiler.questions import Asked, How
 from lrp_compiler.random_numbers import DRAWING
 from lrp_compiler.recording import write_back
 from lrp_compiler.report import Report, make_report, measured_conservation
 from lrp_compiler.seeds import Predicted, Target, reads_output
-from lrp_compiler.sites import Names, name_list, readings_of, resolve_sites
+from lrp_compiler.sites import Names, name_list
 from lrp_compiler.tape import Tape
 from lrp_compiler.weightless import require_values
 
@@ -237,15 +238,15 @@ class LRPModule(nn.Module):
         with contextlib.nullcontext() if create_graph else torch.no_grad():
             call = self._compiler.bound(self._model, args, kwargs)
             names = call.captured.arguments[: len(pytree.tree_leaves(given))]
-            references = _by_name(baselines, names)
+            references = by_input_name(baselines, names)
             once = not (return_convergence_delta or create_graph or self._options.verify != "off")
-            how: Any = {"output": output, "per_dimension": per_dimension, "create_graph": create_graph}
+            how = How(output, per_dimension, create_graph)
             if once and not reads_output(target):
                 found = self._attributed(call, names, references, target, how)
             else:
                 tape = self._opened(call, None, names, references, once=once)
                 tape.record()
-                found = tape.relevance(target, at=names, **how)
+                found = tape.answered(tape.asked(target, names, tape.readout, how))
             attributions = tuple(found[name] for name in names)
             result = attributions[0] if single else attributions
             if not return_convergence_delta:
@@ -254,7 +255,7 @@ class LRPModule(nn.Module):
             return result, seeded - sum(a.flatten(1).sum(1) for a in attributions)
 
     def _attributed(
-        self, call: BoundCall, names: list[str], references: Baselines, target: Target, how: dict[str, Any]
+        self, call: BoundCall, names: list[str], references: Baselines, target: Target, how: How
     ) -> dict[str, Tensor]:
         """The relevance of inputs for a target that does not look at outputs, which then need not be made."""
         asked: list[tuple[Tape, Asked]] = []
@@ -262,7 +263,7 @@ class LRPModule(nn.Module):
         def ask(call: BoundCall, explained: ExplainedCall) -> Request:
             whole = default_request(explained, None, self._options)
             tape = self._tape(call, explained, whole, references, once=True)
-            asked.append((tape, tape.asked(target, names, tape.readout, **how)))
+            asked.append((tape, tape.asked(target, names, tape.readout, how)))
             return asked[-1][1].question.request
 
         self._prepared(call, names, named_inputs(references), ask)
@@ -377,26 +378,3 @@ def _attributable(inputs: Any) -> tuple[Any, ...]:
         cause = "it is a tensor, or a tuple of at least one"
         raise ArgumentError(function="lrp_compiler.LRPModule.attribute", name="inputs", value=inputs, cause=cause)
     return tuple(inputs)
-
-
-def _by_name(baselines: Any, names: list[str]) -> Baselines:
-    """Baselines as ``attribute`` takes them, by input name; raises BaselineError."""
-    if not isinstance(baselines, (tuple, list)):
-        return baselines  # type: ignore[no-any-return]
-    if len(baselines) != len(names):
-        cause = f"{len(baselines)} for {len(names)} input(s)"
-        raise BaselineError(name="baselines", cause=cause, remedy="Give one baseline for each input.")
-    return dict(zip(names, baselines, strict=True))
-
-
-def default_request(explained: ExplainedCall, at: Names, options: Options) -> Request:
-    """What a forward pass prepares for: relevance of ``at`` (None: the attributed inputs) at the chosen output."""
-    program = explained.program
-    kind = program.composite.readout if program.composite is not None else "relevance"
-    if at is not None:
-        refs = resolve_sites(program, name_list(at, "at"))
-        nodes = tuple(dict.fromkeys(reading for ref in refs for reading in readings_of(ref, kind)))
-    else:
-        # The attributed inputs need no look into the table of all sites, which would be made anew at every call.
-        nodes = explained.source_readings
-    return Request((explained.chosen_output(options.output),), nodes)

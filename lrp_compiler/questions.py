@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,42 +10,17 @@ from torch import Tensor
 
 from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild_output
 from lrp_compiler.passes.errors import OutputError
-from lrp_compiler.passes.program import Pick, Program, Reading, Request, tensor_of
-from lrp_compiler.passes.sizes import hints
+from lrp_compiler.passes.program import Pick, Reading, Request
 from lrp_compiler.passes.specialise import can_specialise
 from lrp_compiler.recording import Question, Recording, Sites
 from lrp_compiler.seeds import Several, Target, reads_output, seeds_for, sparse_seeds
 from lrp_compiler.sites import Names, SiteRef
 
-NARROW = 4
-"""One in so many rows of an output is few when relevance alone profits from it; one in two when the forward does too.
-"""
+ROWS_PER_SEEDED_ROW = 4
+"""Of so many rows of an output at most one is seeded for relevance alone to run on few rows."""
 
-
-def one_row(program: Program, request: Request) -> Request:
-    """A request as a class or token target makes it that is asked for attributions alone: a single row is seeded."""
-    if not can_specialise(program, request):
-        return replace(request, keeps_outputs=False)
-    nodes = program.nodes_by_name()
-    shapes = {index: tensor_of(nodes[str(program.outputs[index])]).shape for index in request.outputs}
-    picks = (
-        Pick(index, dim, 1) for index, shape in shapes.items() for dim in range(1, len(shape)) if hints(shape)[dim] > 1
-    )
-    return replace(request, picks=tuple(picks), keeps_outputs=False)
-
-
-def prepared_for_rows(compiler: Compiler, call: ExplainedCall, request: Request) -> Request:
-    """A request whose forward pass also leaves what a question about one row of an output with rows reads.
-
-    Outputs of (batch, classes) have one row a sample.
-    """
-    program = call.program
-    nodes = program.nodes_by_name()
-    has_rows = all(tensor_of(nodes[str(program.outputs[index])]).dim() > 2 for index in request.outputs)
-    if not has_rows or compiler.options.reference or not can_specialise(program, request):
-        return request
-    late = compiler.emitted(call, replace(one_row(program, request), keeps_outputs=True))[1]
-    return replace(request, kept=tuple(name for name in late.saved if name in nodes))
+ROWS_PER_SEEDED_ROW_WITH_FORWARD = 2
+"""The same where the forward pass is still to run, and runs on few rows too."""
 
 
 class Questions:
@@ -101,7 +76,7 @@ class Questions:
         is_lean = self.recording.is_waiting
         output = self.recording.shapes()[chosen].detach()
         targets = target.targets if isinstance(target, Several) else (target,)
-        found = sparse_seeds(output, targets, 2 if is_lean else NARROW)
+        found = sparse_seeds(output, targets, ROWS_PER_SEEDED_ROW_WITH_FORWARD if is_lean else ROWS_PER_SEEDED_ROW)
         if found is None:
             return None
         first = found[0]
@@ -136,13 +111,21 @@ class Questions:
 
 
 @dataclass(frozen=True)
+class How:
+    """How results are asked for: at which output, over embeddings unsummed or not, differentiable or not."""
+
+    output: str | None = None
+    per_dimension: bool = False
+    create_graph: bool = False
+
+
+@dataclass(frozen=True)
 class Asked:
     """A question about sites, and how its results become what is returned."""
 
     question: Question
     target: Target
-    output: str | None
     at: Names
+    how: How
     readings: dict[SiteRef, tuple[tuple[str, Reading], ...]]
     is_summed: bool
-    create_graph: bool

@@ -25,7 +25,7 @@ from lrp_compiler.passes.errors import (
 from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts, live_value
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.sizes import value_of_sizes
-from lrp_compiler.questions import Asked, Questions
+from lrp_compiler.questions import Asked, How, Questions
 from lrp_compiler.recording import Question, Recording, Results, Sites
 from lrp_compiler.seeds import Several, Target, reads_output
 from lrp_compiler.sites import Names, SiteRef, is_glob, matching_names, name_list, readings_of, resolve_sites
@@ -101,8 +101,8 @@ class Tape:
 
         Raises TargetError, UnknownSiteError, SiteWithoutRelevanceError, OutputError, StaleTapeError.
         """
-        how: dict[str, Any] = {"output": output, "per_dimension": per_dimension, "create_graph": create_graph}
-        return self.answered(self.asked(target, at, self.readout, **how, through=through))
+        how = How(output, per_dimension, create_graph)
+        return self.answered(self.asked(target, at, self.readout, how, through))
 
     def relevance_of_each(
         self,
@@ -123,8 +123,8 @@ class Tape:
         if not isinstance(targets, (list, tuple, Tensor)) or len(targets) == 0:
             cause = "it is a list with at least one target"
             raise ArgumentError(function=RELEVANCE + "_of_each", name="targets", value=targets, cause=cause)
-        how: dict[str, Any] = {"output": output, "per_dimension": per_dimension, "create_graph": create_graph}
-        return self.answered(self.asked(Several(tuple(targets)), at, self.readout, **how))
+        how = How(output, per_dimension, create_graph)
+        return self.answered(self.asked(Several(tuple(targets)), at, self.readout, how))
 
     def coefficients(
         self, target: Target = None, at: Names = None, *, output: str | None = None, create_graph: bool = False
@@ -132,8 +132,7 @@ class Tape:
         """The coefficients c (R = a * c) at sites; arguments and result as in ``relevance``, never summed."""
         if self._compiler.options.reference:
             raise ReferenceModeError(cause="a relevance-space pass has no coefficients")
-        how: dict[str, Any] = {"output": output, "per_dimension": True, "create_graph": create_graph}
-        return self.answered(self.asked(target, at, "coefficient", **how))
+        return self.answered(self.asked(target, at, "coefficient", How(output, True, create_graph)))
 
     def coefficients_from(self, starts: dict[str, Tensor], at: Names, *, blocked: tuple[str, ...] = ()) -> Any:
         """The coefficients that seeds at inner sites send to earlier ones, past none of the sites ``blocked``.
@@ -281,32 +280,22 @@ class Tape:
             for index, seed in self._questions.seeds(target, output, create_graph).items()
         )
 
-    def asked(
-        self,
-        target: Target,
-        at: Names,
-        kind: Reading,
-        *,
-        output: str | None,
-        per_dimension: bool,
-        create_graph: bool,
-        through: Masks | None = None,
-    ) -> Asked:
+    def asked(self, target: Target, at: Names, kind: Reading, how: How, through: Masks | None = None) -> Asked:
         """What ``relevance`` or ``coefficients`` will run; raises what they raise for arguments that do not fit."""
         refs = resolve_sites(self.program, self._names_of(at), self._call.sites)
         # The interpreter knows values as they are.
-        whole = per_dimension or self._compiler.options.reference
+        whole = how.per_dimension or self._compiler.options.reference
         readings = {ref: tuple((node, kind) for node in ref.nodes) if whole else readings_of(ref, kind) for ref in refs}
         nodes = tuple(dict.fromkeys(reading for found in readings.values() for reading in found))
         masks = self._masks(through or {})
         self._check_masks(masks)
-        question = self._question(target, output, nodes, masks=masks, create_graph=create_graph)
-        is_summed = self._compiler.options.reference and kind == "relevance" and not per_dimension
-        return Asked(question, target, output, at, readings, is_summed, create_graph)
+        question = self._question(target, how.output, nodes, masks=masks, create_graph=how.create_graph)
+        is_summed = self._compiler.options.reference and kind == "relevance" and not how.per_dimension
+        return Asked(question, target, at, how, readings, is_summed)
 
     def answered(self, asked: Asked) -> Any:
         """The result of what was asked."""
-        results = self._answer(asked.question, asked.target, asked.output, asked.create_graph)
+        results = self._answer(asked.question, asked.target, asked.how.output, asked.how.create_graph)
         values = {(result.site, result.kind): value for result, value in results}
         found = {ref.label: _gather([values[reading] for reading in read]) for ref, read in asked.readings.items()}
         if asked.is_summed:
@@ -367,18 +356,10 @@ class Tape:
         return results
 
     def _ask(
-        self,
-        target: Target,
-        output: str | None,
-        sites: Sites,
-        *,
-        sinks: bool = False,
-        ledger: bool = False,
-        create_graph: bool = False,
+        self, target: Target, output: str | None, sites: Sites, *, create_graph: bool = False, **what: bool
     ) -> tuple[Results, dict[int, Tensor]]:
-        """The results of one question, and its seeds."""
-        what = {"sinks": sinks, "ledger": ledger, "create_graph": create_graph}
-        question = self._question(target, output, sites, **what)
+        """The results of one question, and its seeds; ``what`` as in ``Questions.ask``."""
+        question = self._question(target, output, sites, create_graph=create_graph, **what)
         seeds = dict(question.seeds)
         return self._answer(question, target, output, create_graph), seeds
 

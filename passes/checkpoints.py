@@ -13,7 +13,7 @@ from lrp_compiler.passes.prices import is_repeatable
 from lrp_compiler.passes.program import Program, facts, forward_nodes, value_of
 from lrp_compiler.passes.storage import base_of, bytes_of
 
-NARROW = 1.25
+ALIVE_BESIDE = 1.25
 """How many times its own bytes may be alive with a value that counts as a narrow place, itself included."""
 
 
@@ -30,7 +30,7 @@ def narrow_places(program: Program) -> list[fx.Node]:
             alive += size
             ending[last[node]] = ending.get(last[node], 0) + size
         alive -= ending.pop(place, 0)
-        if facts(node).live and size and last[node] > place and alive <= NARROW * size:
+        if facts(node).live and size and last[node] > place and alive <= ALIVE_BESIDE * size:
             found.append(node)
     return found
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
@@ -281,10 +282,13 @@ def copy_graph(source: fx.Graph) -> fx.Graph:
     """A graph with the same nodes, names and metadata."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(source, values))
-    for old, new in values.items():
+    for old in source.nodes:
+        # Arguments afterwards: create_node looks for symbolic sizes among them, in python.
+        new = values[old] = graph.create_node(old.op, old.target, name=old.name, type_expr=old.type)
         if new.name != old.name:
             raise AssertionError(f"copying renamed {old.name} to {new.name}")
+        new.args, new.kwargs = map_arg(old.args, values.__getitem__), map_arg(old.kwargs, values.__getitem__)
+        new.meta = dict(old.meta)
     return graph
 
 

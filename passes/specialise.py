@@ -44,7 +44,7 @@ from lrp_compiler.passes.rules.plain import Plain
 from lrp_compiler.passes.sizes import hints
 from lrp_compiler.passes.trace import Emitter
 
-NARROW = 2
+ROWS_PER_ROW_APART = 2
 """Of so many rows at most one is worth computing apart: where outputs are asked for it is computed twice."""
 
 TRANSPARENT = frozenset({"rms_norm", "layer_norm", "gelu_tanh", "softcap"})
@@ -304,7 +304,7 @@ def _is_cut_by_row(pattern: Pattern, cut: Cut) -> bool:
 
 def is_few(cut: Cut) -> bool:
     """Whether a cut leaves so few rows that they are worth computing apart; an open size is two or more."""
-    return not cut.size.is_number or cut.rows.count * NARROW <= int(cut.size)
+    return not cut.size.is_number or cut.rows.count * ROWS_PER_ROW_APART <= int(cut.size)
 
 
 def named(made: fx.Node, node: fx.Node, cuts: Cuts, how: str = "at") -> fx.Node:

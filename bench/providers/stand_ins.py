@@ -35,22 +35,32 @@ def in_place_of(modules: dict[str, ModuleType]) -> Iterator[None]:
             del sys.modules[name]
 
 
-def zennit() -> Any:
-    """zennit's modules, imported beside a torchvision of classes that no model is an instance of."""
+def empty_torchvision() -> dict[str, ModuleType]:
+    """torchvision as far as zennit imports it: classes that no model is an instance of."""
     modules = {name: ModuleType(name) for name in TORCHVISION}
     for name, classes in TORCHVISION.items():
         for class_name in classes:
             setattr(modules[name], class_name, type(class_name, (nn.Module,), {}))
-    parts = ("attribution", "canonizers", "composites", "layer", "rules", "types")
-    with in_place_of(modules):
-        return SimpleNamespace(**{part: importlib.import_module(f"zennit.{part}") for part in parts})
+    return modules
 
 
-def lxt_efficient() -> Any:
-    """``lxt.efficient``'s patches without its package's ``__init__``, which imports models of an older transformers."""
+def lxt_without_models() -> dict[str, ModuleType]:
+    """The package ``lxt.efficient`` without its ``__init__``, which imports models of an older transformers."""
     spec = importlib.util.find_spec("lxt")
     assert spec is not None and spec.submodule_search_locations is not None
     package = ModuleType("lxt.efficient")
     package.__path__ = [str(Path(spec.submodule_search_locations[0]) / "efficient")]
-    with in_place_of({"lxt.efficient": package}):
+    return {"lxt.efficient": package}
+
+
+def zennit() -> Any:
+    """zennit's modules, imported beside the empty torchvision."""
+    parts = ("attribution", "canonizers", "composites", "layer", "rules", "types")
+    with in_place_of(empty_torchvision()):
+        return SimpleNamespace(**{part: importlib.import_module(f"zennit.{part}") for part in parts})
+
+
+def lxt_efficient() -> Any:
+    """``lxt.efficient``'s patches."""
+    with in_place_of(lxt_without_models()):
         return importlib.import_module("lxt.efficient.patches")

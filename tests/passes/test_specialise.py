@@ -19,12 +19,11 @@ from lrp_compiler import LRPModule, compile_for_lrp
 from lrp_compiler.captures import Captures
 from lrp_compiler.composites import epsilon, keep_top
 from lrp_compiler.entries import Entries, on_rows, rows_of
-from lrp_compiler.module import default_request
+from lrp_compiler.forward_requests import default_request, one_row
 from lrp_compiler.passes.optable import schema_name
 from lrp_compiler.passes.program import Program, value_of
 from lrp_compiler.passes.rules.base import Rule, is_by_row
 from lrp_compiler.passes.rules.plain import Plain
-from lrp_compiler.questions import one_row
 from lrp_compiler.seeds import Contrast, LogProbability, MeanContrast, Predicted, Seed, Token, TopK
 
 TEXT = {"gpt2": (-1, 7), "llama": (3, 9)}
