@@ -1,4 +1,4 @@
-"""Sums of edges that each fill one row of a value: the rows beside each other, instead of as many full-sized addends."""
+"""Sums of edges that each fill one row of a value: the rows beside each other, instead of addends of full size."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_rows_are_put_beside_each_other(name: str) -> None:
     targets = [node.target for node in stage.program.graph.nodes if facts(node).part == "relevance"]
     assert targets.count(aten.select_backward.default) == left
     assert targets.count(aten.stack.default) == (left == 0)
-    out, tape = explained.run(x)
+    _, tape = explained.run(x)
     for target, found in enumerate(tape.relevance_of_each([0, 1, 2, 3])):
         leaf = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(model(leaf)[:, target].sum(), leaf)
