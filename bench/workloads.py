@@ -200,6 +200,11 @@ def encoder(depth: int) -> Workload:
 def input_x_gradient(work: Workload) -> Tensor:
     """Autograd's gradient of the explained logit, times the input."""
     leaf = work.x.clone().requires_grad_()
-    chosen = work.target if isinstance(work.target, tuple) else (work.target,)
-    (gradient,) = torch.autograd.grad(work.model(leaf)[(slice(None), *chosen)].sum(), leaf)
+    (gradient,) = torch.autograd.grad(explained_logits(work.model(leaf), work.target).sum(), leaf)
     return gradient * work.x
+
+
+def explained_logits(output: Tensor, target: int | tuple[int, ...]) -> Tensor:
+    """The logit of every sample that a target names."""
+    chosen = target if isinstance(target, tuple) else (target,)
+    return output[(slice(None), *chosen)]

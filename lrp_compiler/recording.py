@@ -22,6 +22,7 @@ from lrp_compiler.passes.program import Cast, Constant, InputKind, Mutation, Pro
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.sizes import Sizes, value_of_sizes
 from lrp_compiler.random_numbers import RandomNumbers, devices_of, draws_repeated
+from lrp_compiler.side_by_side import targets_side_by_side
 
 _MAPPING = threading.Lock()
 """Filters of warnings belong to the process; two threads that change them at once would not put them back."""
@@ -210,6 +211,10 @@ class Recording:
         """
         left, read = (self._compiler.emitted(self._call, one)[1] for one in (self._request, request))
         return set(read.saved) <= set(left.recorded)
+
+    def side_by_side(self, request: Request) -> int:
+        """How many targets the relevance code of ``request`` is to answer at once."""
+        return targets_side_by_side(self._compiler.emitted(self._call, request)[1].program)
 
     def make_differentiable(self, request: Request) -> None:
         """Make the code of differentiable answers ahead: it cannot be made inside a transform of torch.func."""

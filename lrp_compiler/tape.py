@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,18 +17,14 @@ from lrp_compiler.kernels.totals import total_of
 from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.linearised import Linearised
 from lrp_compiler.passes.branches import forward_nodes_everywhere
-from lrp_compiler.passes.errors import (
-    ArgumentError,
-    MaskError,
-    NotLinearError,
-    ReferenceModeError,
-)
+from lrp_compiler.passes.errors import ArgumentError, MaskError, NotLinearError, ReferenceModeError
 from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts, live_value
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.sizes import value_of_sizes
 from lrp_compiler.questions import Asked, How, Questions
 from lrp_compiler.recording import Question, Recording, Results, Sites
 from lrp_compiler.seeds import Several, Target, reads_output
+from lrp_compiler.side_by_side import check_targets, chunks
 from lrp_compiler.sites import Names, SiteRef, is_glob, matching_names, name_list, readings_of, resolve_sites
 
 Sinks = dict[str, dict[str, Tensor]]
@@ -109,22 +106,26 @@ class Tape:
         targets: list[Target],
         at: Names = None,
         *,
+        chunk: int | None = None,
         output: str | None = None,
         per_dimension: bool = False,
         create_graph: bool = False,
     ) -> Any:
-        """``relevance`` for several targets in one pass: results gain a leading dimension, one entry per target.
+        """``relevance`` for several targets: results gain a leading dimension, one entry per target.
 
-        The relevance pass is mapped over the seeds (torch.vmap); the forward pass is shared as ever.
+        The relevance pass is mapped (torch.vmap) over ``chunk`` seeds at a time, by default as many as take 256 MiB by
+        the plan; beyond that memory grows by the results alone.
         """
-        if self._compiler.options.reference:
-            each = [self.relevance(target, at, output=output, per_dimension=per_dimension) for target in targets]
-            return pytree.tree_map(lambda *found: torch.stack(found), *each)
-        if not isinstance(targets, (list, tuple, Tensor)) or len(targets) == 0:
-            cause = "it is a list with at least one target"
-            raise ArgumentError(function=RELEVANCE + "_of_each", name="targets", value=targets, cause=cause)
+        check_targets(targets, chunk, RELEVANCE + "_of_each")
         how = How(output, per_dimension, create_graph)
-        return self.answered(self.asked(Several(tuple(targets)), at, self.readout, how))
+        if self._compiler.options.reference:
+            each = [self.answered(self.asked(target, at, self.readout, how)) for target in targets]
+            return pytree.tree_map(lambda *found: torch.stack(found), *each)
+        asked = partial(self.asked, at=at, kind=self.readout, how=how)
+        if chunk is None:
+            chunk = self._recording.side_by_side(asked(Several(tuple(targets[:1]))).question.request)
+        parts = [self.answered(asked(Several(tuple(part)))) for part in chunks(targets, chunk)]
+        return pytree.tree_map(lambda *found: found[0] if len(found) == 1 else torch.cat(found), *parts)
 
     def coefficients(
         self, target: Target = None, at: Names = None, *, output: str | None = None, create_graph: bool = False

@@ -43,6 +43,7 @@ from lrp_compiler.passes.program import (
 from lrp_compiler.passes.readings import nodes_from, parameter_edges, read_map
 from lrp_compiler.passes.rules.base import EdgeKind, Rule
 from lrp_compiler.passes.site import Site, output_of
+from lrp_compiler.passes.sum_edges import beside_each_other
 
 aten = torch.ops.aten
 CONVERSION_EPSILON = 1e-6
@@ -257,7 +258,7 @@ class _Inserter:
     def merged(self, node: fx.Node, edges: list[tuple[fx.Node, EdgeKind]], kind: EdgeKind) -> fx.Node:
         """The sum of the edges at ``node``, as ``kind``."""
         alike: dict[EdgeKind, fx.Node] = {}
-        for edge, its_kind in edges:
+        for edge, its_kind in beside_each_other(self.emitter, edges):
             known = alike.get(its_kind)
             alike[its_kind] = edge if known is None else self.emitter.call(aten.add.Tensor, known, edge)
         parts = [part if k == kind else self.converted(node, part, kind) for k, part in alike.items()]

@@ -119,6 +119,12 @@ def _permuted_back(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | No
     return site.emitter.call(aten.permute.default, edge, [order.index(dim) for dim in range(len(order))])
 
 
+def _put_back(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
+    dim, index = site.op.args[1:3]
+    shape = list(tensor_of(receiver.node).shape)
+    return site.emitter.call(aten.select_backward.default, edge, shape, dim, index)
+
+
 def _cast_back(site: Site, edge: fx.Node, receiver: Operand) -> fx.Node | None:
     before, after = tensor_of(receiver.node), tensor_of(edge)
     if before.device != after.device:
@@ -192,6 +198,7 @@ TRANSPOSES: dict[str, Transpose] = {
     **dict.fromkeys(("aten::squeeze", "aten::unsqueeze", "aten::contiguous"), _reshaped),
     "aten::transpose": _swapped,
     "aten::permute": _permuted_back,
+    "aten::select": _put_back,
     "aten::to": _cast_back,
     "aten::add": _addend,
     "aten::sub": _addend,

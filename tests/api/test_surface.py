@@ -10,6 +10,7 @@ import torch
 import transformers
 import zoo
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lrp_compiler import Contrast, Tape, Token, compile_for_lrp, composites, errors, register_rule
 from lrp_compiler.passes.pipeline import CAPTURE, EMIT, EXPLAIN
@@ -83,6 +84,9 @@ def test_several_targets_share_one_pass(name: str, options: dict[str, Any]) -> N
     _, tape = compile_for_lrp(case.model, **options).run(*case.args, **case.kwargs)
     targets = [(0, 3), (2, 5), (1, 1)] if name == "llama" else [0, 1, TopK(2)]
     together = tape.relevance_of_each(targets)
+    in_parts = pytree.tree_leaves(tape.relevance_of_each(targets, chunk=2))
+    for whole, parts in zip(pytree.tree_leaves(together), in_parts, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
     for index, target in enumerate(targets):
         one = tape.relevance(target)
         pairs = [(together[key], one[key]) for key in one] if isinstance(one, dict) else [(together, one)]

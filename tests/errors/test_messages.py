@@ -271,6 +271,7 @@ CASES += [
     ("site by number", lambda: ask(0, at=0), errors.ArgumentError, ["at=0", "a name or a list of names"]),
     ("input by number", lambda: compile_for_lrp(mlp()).run(X, wrt=0), errors.ArgumentError, ["wrt=0", "LRPModule.run"]),  # type: ignore[arg-type]
     ("no inputs", lambda: compile_for_lrp(mlp()).attribute(()), errors.ArgumentError, ["inputs=()", "at least one"]),
+    ("chunk", lambda: tape().relevance_of_each([0], chunk=0), errors.ArgumentError, ["chunk=0", "positive"]),
     ("several", lambda: tape().relevance_of_each([]), errors.ArgumentError, ["targets=[]", "at least one target"]),
     ("start", lambda: tape().coefficients_from({"1": X}, "0"), errors.ArgumentError, ["(2, 3)", "shape (2, 4)"]),
     ("weights of flat", flat, errors.ParameterRelevanceError, ["'flat'", "0.weight", "composite.override"]),

@@ -1,0 +1,51 @@
+"""Many targets of one input: a chunk at a time, of the size that the plan says fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lrp_compiler import Tape, compile_for_lrp, side_by_side
+from lrp_compiler.memory import allocated_peak
+
+
+def tape(rows: int = 32, classes: int = 128) -> Tape:
+    """A dense network on a batch, without autograd."""
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, classes)).eval()
+    with torch.no_grad():
+        return compile_for_lrp(model, "attnlrp").run(torch.randn(rows, 64))[1]
+
+
+def test_targets_beyond_a_chunk_take_no_more_memory() -> None:
+    kept, one_map = tape(), 32 * 64 * 4
+
+    def peak(targets: int, chunk: int) -> int:
+        kept.relevance_of_each([0], chunk=1)
+        return allocated_peak(lambda: kept.relevance_of_each(list(range(targets)), chunk=chunk))
+
+    # The parts of the result are held until they are put together.
+    assert peak(64, 8) <= peak(8, 8) + 2 * 64 * one_map
+    assert peak(64, 64) > peak(64, 8) + 64 * one_map
+
+
+def test_a_chunk_is_what_the_plan_says_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tape()
+    mapped: list[int] = []
+    vmap = torch.vmap
+
+    def counting(code: Any, in_dims: Any, **options: Any) -> Any:
+        def run(*values: Any) -> Any:
+            mapped.append(next(v.shape[0] for v, dim in zip(values, in_dims, strict=True) if dim == 0))
+            return vmap(code, in_dims=in_dims, **options)(*values)
+
+        return run
+
+    monkeypatch.setattr(torch, "vmap", counting)
+    expected = kept.relevance_of_each([0, 1, 2])
+    monkeypatch.setattr(side_by_side, "MOST_BYTES", 0)
+    found = kept.relevance_of_each([0, 1, 2])
+    assert mapped == [3, 1, 1, 1]
+    torch.testing.assert_close(found, expected)
