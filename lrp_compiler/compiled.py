@@ -38,6 +38,7 @@ class ExplainedCall:
     binder: SizeBinder
     goal: MemoryGoal
     backend: Backend
+    cuda_graphs: bool = False
     executables: dict[Request, tuple[tuple[Stage, ...], Executable]] = field(default_factory=dict)
 
     @property
@@ -60,7 +61,7 @@ class ExplainedCall:
     def emitted(self, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """All stages and the code for ``request``, made at its first use."""
         if request not in self.executables:
-            self.executables[request] = emit(self.stages, request, self.goal, self.backend)
+            self.executables[request] = emit(self.stages, request, self.goal, self.backend, self.cuda_graphs)
         return self.executables[request]
 
     @cached_property
@@ -128,8 +129,8 @@ class Compiler:
             known = self._explained.setdefault(call, {})
             if inputs not in known:
                 stages = explain(call.stages, *inputs, self._choose)
-                goal, backend = self.options.memory_goal, self.options.backend
-                known[inputs] = ExplainedCall(stages, call.binder, goal, backend)
+                given = self.options
+                known[inputs] = ExplainedCall(stages, call.binder, given.memory_goal, given.backend, given.cuda_graphs)
             return known[inputs]
 
     def explain_partly(self, call: CapturedCall, attributed: tuple[str, ...] | None) -> tuple[Stage, ...]:

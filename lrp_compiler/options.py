@@ -49,8 +49,14 @@ class Options:
     backend: Backend = field(
         default="auto",
         metadata={
-            "help": "'eager' keeps ATen ops, 'triton' fuses them into kernels of the dialect, 'auto' does so on CUDA"
+            "help": "'eager' keeps ATen ops, 'triton' fuses them into kernels of the dialect, 'auto' does so on CUDA;"
+            " 'inductor' has torch.compile make both passes at their first call, which takes a while and rounds"
+            " otherwise, outputs too"
         },
+    )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={"help": "True records the kernels of each kind of call, on CUDA alone, and replays them as one"},
     )
 
     @property
@@ -82,6 +88,8 @@ def parse_options(given: dict[str, Any]) -> Options:
         raise OptionValueError(name="memory_budget", value=budget, cause="it is a number from 0 to 1")
     if options.backend not in BACKENDS:
         raise OptionValueError(name="backend", value=options.backend, cause=f"it is one of {', '.join(BACKENDS)}")
+    if not isinstance(options.cuda_graphs, bool):
+        raise OptionValueError(name="cuda_graphs", value=options.cuda_graphs, cause="it is True or False")
     if options.reference and options.verify != "off":
         raise OptionValueError(name="reference", value=True, cause="the reference interpreter keeps no ledger")
     return options

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.analyse import analyse
 from lrp_compiler.passes.assign_rules import assign_rules
-from lrp_compiler.passes.backend import Backend
+from lrp_compiler.passes.backend import PLAINLY, Backend, Choice, choose_backend
 from lrp_compiler.passes.branches import with_programs_inside, within
 from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.canonicalise import attends_with_learned_mask, canonicalise
@@ -175,9 +175,14 @@ def explain(
 
 
 def emit(
-    explained: tuple[Stage, ...], request: Request, goal: MemoryGoal | None = None, backend: Backend = "auto"
+    explained: tuple[Stage, ...],
+    request: Request,
+    goal: MemoryGoal | None = None,
+    backend: Backend = "auto",
+    cuda_graphs: bool = False,
 ) -> tuple[tuple[Stage, ...], Executable]:
     """The stages of EMIT for one request under a memory goal, with kernels where ``backend`` has them, and the code."""
+    choice = choose_backend(explained[-1].program, backend, cuda_graphs)
     settings: dict[Pass, tuple[Any, ...]] = {
         specialise: (request,),
         insert_relevance: (request,),
@@ -188,11 +193,11 @@ def emit(
     history = explained
     for one in EMIT:
         history = run(one, history, *settings.get(one, ()))
-    return history, generate(history[-1].program)
+    return history, generate(history[-1].program, choice)
 
 
-def generate(program: Program) -> Executable:
+def generate(program: Program, choice: Choice = PLAINLY) -> Executable:
     """The code of a partitioned program, timed."""
     start = time.perf_counter()
-    made = codegen(program)
+    made = codegen(program, choice)
     return replace(made, milliseconds=(time.perf_counter() - start) * 1e3)
