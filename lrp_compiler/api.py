@@ -24,7 +24,7 @@ def compile_for_lrp(model: nn.Module, composite: str | Composite | Any = "auto",
     share what was traced, so that comparing composites traces each call once. Options: ``output`` (name of the output
     to explain), ``rules`` ({op: rule function or Rule}), ``verify`` ("off" or "ledger"), ``reference`` (run the slow
     relevance-space interpreter), ``dynamic`` (False to trace every distinct shape for itself), ``backend`` ("auto",
-    "eager" or "triton": where relevance runs kernels).
+    "eager", "inductor" or "triton": what runs the code), ``cuda_graphs`` (True to replay calls on CUDA as one).
 
     Nothing is traced before the first call. Raises NotAModelError, UnknownCompositeError,
     CompositeError, UnknownOptionError, OptionValueError.

@@ -7,7 +7,6 @@ one graph serves them all; a model whose forward depends on a size gets a graph 
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 import warnings
 from collections import deque
@@ -27,16 +26,13 @@ from lrp_compiler.passes.draws import draws_numbers
 from lrp_compiler.passes.eager_failure import unsupported_argument
 from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
-from lrp_compiler.passes.program import InputKind, Program, graph_inputs
+from lrp_compiler.passes.program import COMPILING, InputKind, Program, graph_inputs
 from lrp_compiler.passes.sizes import SizeBinder, Sizes
 from lrp_compiler.weight_casts import WeightCasts
 from lrp_compiler.weightless import has_values
 
 GRAPHS = 8
 """How many graphs are kept for calls that differ in sizes alone; the oldest goes first."""
-
-COMPILING = threading.RLock()
-"""One thread compiles at a time: torch's tracing keeps state of the whole process."""
 
 ATTEMPTS = 8
 """How often it is tried to leave sizes open for calls that differ in sizes alone."""

@@ -13,16 +13,14 @@ from torch.utils import _pytree as pytree
 from lrp_compiler.captures import BoundCall, CapturedCall, Captures
 from lrp_compiler.composites import AUTO, choose_composite, composite_named
 from lrp_compiler.options import Options
-from lrp_compiler.passes.backend import Backend
-from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.draws import draws_numbers
 from lrp_compiler.passes.errors import OutputError, ReferenceModeError
 from lrp_compiler.passes.pipeline import Stage, emit, explain
-from lrp_compiler.passes.precision import Precision
 from lrp_compiler.passes.program import Constant, Program, Reading, Request, facts, is_float
 from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.passes.settings import Settings
 from lrp_compiler.passes.sizes import Size, SizeBinder, Sizes
 from lrp_compiler.registry import with_rules
 from lrp_compiler.sites import SiteRef, readings_of, resolve_sites, site_table
@@ -37,9 +35,7 @@ class ExplainedCall:
 
     stages: tuple[Stage, ...]
     binder: SizeBinder
-    goal: MemoryGoal
-    backend: Backend
-    precision: Precision | None = None
+    settings: Settings
     executables: dict[Request, tuple[tuple[Stage, ...], Executable]] = field(default_factory=dict)
 
     @property
@@ -62,7 +58,7 @@ class ExplainedCall:
     def emitted(self, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """All stages and the code for ``request``, made at its first use."""
         if request not in self.executables:
-            self.executables[request] = emit(self.stages, request, self.goal, self.backend, self.precision)
+            self.executables[request] = emit(self.stages, request, self.settings)
         return self.executables[request]
 
     @cached_property
@@ -130,9 +126,7 @@ class Compiler:
             known = self._explained.setdefault(call, {})
             if inputs not in known:
                 stages = explain(call.stages, *inputs, self._choose)
-                options = self.options
-                made = (options.memory_goal, options.backend, options.precision)
-                known[inputs] = ExplainedCall(stages, call.binder, *made)
+                known[inputs] = ExplainedCall(stages, call.binder, self.options.settings)
             return known[inputs]
 
     def explain_partly(self, call: CapturedCall, attributed: tuple[str, ...] | None) -> tuple[Stage, ...]:

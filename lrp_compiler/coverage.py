@@ -12,7 +12,7 @@ from torch import fx
 
 from lrp_compiler.passes.branches import programs_below
 from lrp_compiler.passes.emitter import PROMISES
-from lrp_compiler.passes.errors import LRPError, UncoveredOp
+from lrp_compiler.passes.errors import LRPError
 from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.operation import Operation
 from lrp_compiler.passes.optable import classify, op_name
@@ -20,6 +20,7 @@ from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.program import Program, facts, first_argument, forward_nodes, model_op, module_path
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.source_lines import user_source
+from lrp_compiler.passes.uncovered import UncoveredOp
 
 Status = Literal["covered", "source", "part", "stopped", "unreached", "uncovered", "constant"]
 """What relevance does at a node: a rule hands it on; it is read there (an embedding of tokens); the node is part of a

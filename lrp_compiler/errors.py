@@ -6,6 +6,7 @@ from lrp_compiler.passes.errors import (
     BaselineError,
     CaptureError,
     CompositeError,
+    CppCompilerError,
     DataDependentError,
     DerivativeError,
     DeviceMismatchError,
@@ -41,7 +42,6 @@ from lrp_compiler.passes.errors import (
     SizesError,
     StaleTapeError,
     TargetError,
-    UncoveredOp,
     UncoveredOpsError,
     UnknownCompositeError,
     UnknownInputError,
@@ -52,6 +52,7 @@ from lrp_compiler.passes.errors import (
     UnsupportedOutputError,
     VerifierError,
 )
+from lrp_compiler.passes.uncovered import UncoveredOp
 
 __all__ = [
     "ArgumentError",
@@ -59,6 +60,7 @@ __all__ = [
     "BaselineError",
     "CaptureError",
     "CompositeError",
+    "CppCompilerError",
     "DataDependentError",
     "DerivativeError",
     "DeviceMismatchError",

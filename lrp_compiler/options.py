@@ -9,8 +9,9 @@ from typing import Any, Literal
 from lrp_compiler.passes.backend import BACKENDS, Backend
 from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.errors import OptionValueError, UnknownOptionError
-from lrp_compiler.passes.precision import GivenPrecision, Precision, precision_of
+from lrp_compiler.passes.precision import GivenPrecision, precision_of
 from lrp_compiler.passes.rules.base import Rule
+from lrp_compiler.passes.settings import Settings
 from lrp_compiler.registry import GivenRule, target_name
 
 
@@ -50,8 +51,14 @@ class Options:
     backend: Backend = field(
         default="auto",
         metadata={
-            "help": "'eager' keeps ATen ops, 'triton' fuses them into kernels of the dialect, 'auto' does so on CUDA"
+            "help": "'eager' keeps ATen ops, 'triton' fuses them into kernels of the dialect, 'auto' does so on CUDA;"
+            " 'inductor' has torch.compile make both passes at their first call, which takes a while and rounds"
+            " otherwise, outputs too"
         },
+    )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={"help": "True records the kernels of each kind of call, on CUDA alone, and replays them as one"},
     )
 
     relevance_dtype: GivenPrecision = field(
@@ -63,14 +70,10 @@ class Options:
     )
 
     @property
-    def precision(self) -> Precision | None:
-        """What relevance is computed in; None for the model's dtype."""
-        return precision_of(self.relevance_dtype)
-
-    @property
-    def memory_goal(self) -> MemoryGoal:
-        """What lower_promises is to reach."""
-        return MemoryGoal(self.memory_budget, self.recompute)
+    def settings(self) -> Settings:
+        """What the passes behind a request are told; raises OptionValueError."""
+        goal = MemoryGoal(self.memory_budget, self.recompute)
+        return Settings(goal, self.backend, self.cuda_graphs, precision_of(self.relevance_dtype))
 
 
 def parse_options(given: dict[str, Any]) -> Options:
@@ -96,9 +99,11 @@ def parse_options(given: dict[str, Any]) -> Options:
         raise OptionValueError(name="memory_budget", value=budget, cause="it is a number from 0 to 1")
     if options.backend not in BACKENDS:
         raise OptionValueError(name="backend", value=options.backend, cause=f"it is one of {', '.join(BACKENDS)}")
-    if options.precision is not None and options.reference:
+    if options.settings.precision is not None and options.reference:
         cause = "the reference interpreter computes in the model's dtype"
         raise OptionValueError(name="relevance_dtype", value=options.relevance_dtype, cause=cause)
+    if not isinstance(options.cuda_graphs, bool):
+        raise OptionValueError(name="cuda_graphs", value=options.cuda_graphs, cause="it is True or False")
     if options.reference and options.verify != "off":
         raise OptionValueError(name="reference", value=True, cause="the reference interpreter keeps no ledger")
     return options

@@ -247,7 +247,7 @@ class Recording:
             assert code is not None
             if question.is_mapped:
                 mapped_rows = [name in question.rows for name in (*executable.free, *executable.saved)]
-                results = _mapped(partial(code, self.sizes), values, mapped_rows, question)
+                results = _mapped(partial(code.uncompiled, self.sizes), values, mapped_rows, question)
             else:
                 values += [*question.seeds.values(), *question.masks.values()]
                 if self._once:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lrp_compiler.backend_report import BackendReport, backend_report
 from lrp_compiler.captures import Compilation
 from lrp_compiler.compiled import ExplainedCall
 from lrp_compiler.coverage import (
@@ -56,7 +57,8 @@ class Report:
     distances to the nodes that can give the values, and their number per op of the graph;
     ``specialised`` the inputs whose values the code holds, so that others compile anew; ``compilations`` every tracing
     of the model so far, in which form and why; ``sites`` every name that ``at=`` takes; ``conserves`` whether the
-    composite claims that inputs and named sinks make up the output, ``conservation`` what was measured.
+    composite claims that inputs and named sinks make up the output, ``conservation`` what was measured; ``backend``
+    what runs the code and why.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Report:
     compilations: tuple[Compilation, ...]
     coverage: Coverage
     kernels: tuple[KernelRow, ...]
+    backend: BackendReport
     sites: tuple[str, ...]
     conserves: bool
     conservation: Conservation | None = None
@@ -167,6 +170,7 @@ class Report:
             f"  memory    {self.memory.peak:,} B at most, above parameters and inputs;"
             f" a tape keeps {self.memory.left:,} B",
             f"  passes    {timings(self.milliseconds)}",
+            *self.backend.lines(),
             f"  kernels   {kernel_summary(self.kernels)}",
             "  rules",
             indented(op_table(self.ops)),
@@ -264,7 +268,8 @@ def make_report(
         specialised=tuple(spec.target for spec in program.inputs if spec.node in {pin.input for pin in program.pins}),
         compilations=compilations,
         coverage=measure_coverage(model, stages, codegen=executable.milliseconds),
-        kernels=kernel_rows(executable.program, explained.backend),
+        kernels=kernel_rows(executable.program, explained.settings.backend),
+        backend=backend_report(executable, explained),
         sites=tuple(site_table(program)),
         conserves=composite.conserves,
         conservation=conservation,

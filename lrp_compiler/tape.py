@@ -263,8 +263,8 @@ class Tape:
         leaves = self._recording.amounts()
         total = sum(float(total_of(seed, leaves[index].detach())[0]) for index, seed in seeds.items())
         dtypes = {seed.dtype for seed in seeds.values()}
-        if self._call.precision is not None:
-            dtypes |= {self._call.precision.of(dtype) for dtype in dtypes}
+        if self._call.settings.precision is not None:
+            dtypes |= {self._call.settings.precision.of(dtype) for dtype in dtypes}
         coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         return ledger_from_results(self.program, results, total, coarsest)
 

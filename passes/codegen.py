@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
+from lrp_compiler.passes.backend import PLAINLY, Choice
 from lrp_compiler.passes.branches import (
     Conditional,
     ConditionalRelevance,
@@ -20,33 +21,47 @@ from lrp_compiler.passes.branches import (
     rule_tensors,
 )
 from lrp_compiler.passes.buffers import free_values, recorded_values, reference_values, saved_values
-from lrp_compiler.passes.differentiable import check_differentiable, keep_derivatives, write_plainly
-from lrp_compiler.passes.program import Cast, Constant, Program, copy_graph, is_float
-from lrp_compiler.passes.sizes import Size, Sizes
+from lrp_compiler.passes.compiled_function import CompiledFunction
+from lrp_compiler.passes.differentiable import FUNCTIONAL, check_differentiable, keep_derivatives, write_plainly
+from lrp_compiler.passes.program import Cast, Constant, Program, copy_graph, is_float, value_of
+from lrp_compiler.passes.sizes import Size, Sizes, is_settled
 
 
 @dataclass(frozen=True)
 class Code:
     """A compiled graph; ``sizes`` are the expressions that it takes in front of its other arguments.
 
-    Where it ``takes_list``, ``function`` has one argument, the list of all others.
+    Where it ``takes_list``, ``function`` has one argument, the list of all others. ``compiled`` is what torch.compile
+    makes of it, in the place of ``function`` for the calls that it takes.
     """
 
     function: Callable[..., tuple[Any, ...]]
     sizes: tuple[Any, ...]
 
     takes_list: bool = False
+    compiled: CompiledFunction | None = None
+
+    @property
+    def uncompiled(self) -> Code:
+        """The same by ``function`` alone, which may also run under transforms of torch.func."""
+        return self if self.compiled is None else replace(self, compiled=None)
 
     def __call__(self, sizes: Sizes, *values: Any) -> tuple[Any, ...]:
         """Run it for a call with these sizes."""
         if self.takes_list:
             return self.consume(sizes, list(values))
-        return self.function(*sizes.of(self.sizes), *values)
+        arguments = (*sizes.of(self.sizes), *values)
+        made = None if self.compiled is None else self.compiled(arguments)
+        return self.function(*arguments) if made is None else made
 
     def consume(self, sizes: Sizes, values: list[Any]) -> tuple[Any, ...]:
         """Run it on a list that it empties, so that every value is given up behind its last reader."""
         values[:0] = sizes.of(self.sizes)
-        return self.function(values)
+        made = None if self.compiled is None else self.compiled(values)
+        if made is None:
+            return self.function(values)
+        values.clear()
+        return made
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,7 @@ class Executable:
 
     ``free``, ``saved`` and ``reference`` name those arguments, the last by the node whose value in the reference run
     it is, and ``casts`` tell what the next hold; ``recorded`` names what the forward pass returns for them.
-    ``milliseconds`` is what making it took.
+    ``milliseconds`` is what making it took, and ``choice`` which backend runs it.
     """
 
     program: Program
@@ -68,6 +83,7 @@ class Executable:
     recorded: tuple[str, ...]
     casts: tuple[Cast, ...] = ()
     milliseconds: float = 0.0
+    choice: Choice = PLAINLY
 
     @cached_property
     def differentiable(self) -> Code:
@@ -77,19 +93,42 @@ class Executable:
         return _compiled(self.program.relevance_graph, "differentiable_relevance", differentiable=True)
 
 
-def codegen(program: Program) -> Executable:
-    """Compile both halves for the eager target."""
+def codegen(program: Program, choice: Choice = PLAINLY) -> Executable:
+    """Generate both halves as flat functions, and have torch.compile take them where the backend goes through it."""
     relevance = program.relevance_graph
     return Executable(
         program=program,
-        forward=_compiled(program.graph, "forward"),
-        relevance=None if relevance is None else _compiled(relevance, "relevance", takes_list=True),
+        forward=_for_backend(program.graph, _compiled(program.graph, "forward"), choice),
+        relevance=None
+        if relevance is None
+        else _for_backend(relevance, _compiled(relevance, "relevance", takes_list=True), choice),
         free=tuple(free_values(program)),
         saved=tuple(saved_values(program)),
         reference=tuple(reference_values(program)),
         recorded=tuple(recorded_values(program)),
         casts=program.casts,
+        choice=choice,
     )
+
+
+def _for_backend(graph: fx.Graph, code: Code, choice: Choice) -> Code:
+    """``code``, made of ``graph``, with what the choice's compiler makes of it."""
+    if choice.compiler is None:
+        return code
+    graph = copy_graph(graph)
+    for node in graph.nodes:
+        # Compilers decide themselves what shares memory.
+        node.target = FUNCTIONAL.get(node.target, node.target)
+    is_open = any(not is_settled(size) for value in _inputs(graph) for size in value.shape)
+    assert _taking_sizes(graph) == code.sizes
+    flat = fx.GraphModule(torch.nn.Module(), graph).forward
+    return replace(code, compiled=CompiledFunction(flat, choice.compiler, is_open, choice.cuda_graphs))
+
+
+def _inputs(graph: fx.Graph) -> list[Tensor]:
+    """The fake tensors that stand for the arguments."""
+    values = (value_of(node) for node in graph.nodes if node.op == "placeholder")
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _taking_sizes(graph: fx.Graph) -> tuple[Any, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -16,11 +18,17 @@ def draws_numbers(program: Program) -> bool:
 
 
 def draws(node: fx.Node) -> bool:
-    """Whether an op draws random numbers; attention, which can drop weights out, may be told to drop none."""
+    """Whether an op draws random numbers; attention and recurrences, which can drop values out, may drop none."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    if "attention" not in op_name(node) or "dropout_p" not in names:
-        return True
-    place = names.index("dropout_p")
-    return bool((node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", 0.0)) != 0.0)
+
+    def given(name: str) -> Any:
+        place = names.index(name)
+        return node.args[place] if place < len(node.args) else node.kwargs.get(name, 0)
+
+    if "attention" in op_name(node) and "dropout_p" in names:
+        return bool(given("dropout_p") != 0.0)
+    if "dropout" in names and "train" in names:
+        return bool(given("train")) and given("dropout") != 0.0
+    return True

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass
 from typing import ClassVar
+
+from lrp_compiler.passes.uncovered import UncoveredOp
 
 
 class LRPError(Exception):
@@ -44,22 +45,6 @@ class UnsupportedMutationError(LRPError):
     id = "LRP002"
     template = "the in-place operation {op} has no functional form here: {cause}"
     hint = "Write the line without the trailing underscore (y = x.{name}(...) instead of x.{name}_(...))."
-
-
-@dataclass(frozen=True)
-class UncoveredOp:
-    """A live op without a rule: its op's name, node, module path, user's source line, and why it has none."""
-
-    op: str
-    node: str
-    module: str
-    source: str | None
-    why: str
-
-    def __str__(self) -> str:
-        why = f" ({self.why})" if self.why else ""
-        place = self.module or "(the model itself)"
-        return f"{self.op}{why} as {self.node} in {place}: {self.source or 'unknown line'}"
 
 
 class UncoveredOpsError(LRPError):
@@ -395,4 +380,13 @@ class RandomNumbersError(LRPError):
     hint = (
         "Draw none from torch's default generator in other threads while this model runs, or ask for what is needed in"
         " run(at=...) and leave memory_budget at 1, so that nothing is drawn twice."
+    )
+
+
+class CppCompilerError(LRPError):
+    id = "LRP049"
+    template = "backend='inductor' needs a C++ compiler: {cause}"
+    hint = (
+        "Install one (apt-get install g++, or xcode-select --install), or name it in the environment variable CXX; or"
+        " compile the model without backend='inductor'."
     )

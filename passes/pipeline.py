@@ -14,9 +14,8 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.passes.analyse import analyse
 from lrp_compiler.passes.assign_rules import assign_rules
-from lrp_compiler.passes.backend import Backend
+from lrp_compiler.passes.backend import PLAINLY, Choice, choose_backend
 from lrp_compiler.passes.branches import with_programs_inside, within
-from lrp_compiler.passes.budget import MemoryGoal
 from lrp_compiler.passes.canonicalise import attends_with_learned_mask, canonicalise
 from lrp_compiler.passes.capture import capture
 from lrp_compiler.passes.cast_explicitly import cast_explicitly, current_autocast, is_trained, without_autocast
@@ -32,12 +31,12 @@ from lrp_compiler.passes.lower_promises import lower_promises
 from lrp_compiler.passes.partition import forward_only, partition
 from lrp_compiler.passes.pin import pin
 from lrp_compiler.passes.plan_memory import plan_memory
-from lrp_compiler.passes.precision import Precision
 from lrp_compiler.passes.printer import print_program
 from lrp_compiler.passes.program import InputKind, Program, Request
 from lrp_compiler.passes.recognise import recognise
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.set_precision import set_precision
+from lrp_compiler.passes.settings import Settings
 from lrp_compiler.passes.share_memory import share_memory
 from lrp_compiler.passes.simplify import simplify
 from lrp_compiler.passes.specialise import specialise
@@ -178,32 +177,27 @@ def explain(
 
 
 def emit(
-    explained: tuple[Stage, ...],
-    request: Request,
-    goal: MemoryGoal | None = None,
-    backend: Backend = "auto",
-    precision: Precision | None = None,
+    explained: tuple[Stage, ...], request: Request, settings: Settings | None = None
 ) -> tuple[tuple[Stage, ...], Executable]:
-    """The stages of EMIT for one request and the code, under a memory goal, with kernels where ``backend`` has them.
-
-    ``precision`` says what relevance is computed in; None is the model's own dtype.
-    """
-    settings: dict[Pass, tuple[Any, ...]] = {
+    """The stages of EMIT for one request under the settings of a module, and the code."""
+    given = settings or Settings()
+    choice = choose_backend(explained[-1].program, given.backend, given.cuda_graphs)
+    arguments: dict[Pass, tuple[Any, ...]] = {
         specialise: (request,),
         insert_relevance: (request,),
-        set_precision: (precision,),
-        lower_promises: (goal,),
-        fuse: (backend,),
-        fuse_elementwise: (backend,),
+        set_precision: (given.precision,),
+        lower_promises: (given.goal,),
+        fuse: (given.backend,),
+        fuse_elementwise: (given.backend,),
     }
     history = explained
     for one in EMIT:
-        history = run(one, history, *settings.get(one, ()))
-    return history, generate(history[-1].program)
+        history = run(one, history, *arguments.get(one, ()))
+    return history, generate(history[-1].program, choice)
 
 
-def generate(program: Program) -> Executable:
+def generate(program: Program, choice: Choice = PLAINLY) -> Executable:
     """The code of a partitioned program, timed."""
     start = time.perf_counter()
-    made = codegen(program)
+    made = codegen(program, choice)
     return replace(made, milliseconds=(time.perf_counter() - start) * 1e3)

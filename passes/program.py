@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from lrp_compiler.passes.buffers import Buffer, MemoryPlan
-    from lrp_compiler.passes.errors import UncoveredOp
     from lrp_compiler.passes.kernel_use import KernelUse
     from lrp_compiler.passes.rules.base import Composite, Rule
+    from lrp_compiler.passes.uncovered import UncoveredOp
 
 FACTS = "lrp"
 
 TRACING = threading.RLock()
 """Held while torch.export has put stand-ins in place of a model's parameters, and by whoever reads those live."""
+COMPILING = threading.RLock()
+"""One thread compiles at a time: torch's tracing keeps state of the whole process."""
 
 
 class InputKind(enum.Enum):

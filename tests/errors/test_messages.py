@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -132,6 +133,12 @@ def drawn_twice() -> Any:
     rules = {torch.ops.lrp_tests.disturbs: lambda c, out, x: c}
     tape = compile_for_lrp(Disturbed().train(), "epsilon", rules=rules).run(X)[1]
     return tape.activations("linear")
+
+
+def without_compiler() -> Any:
+    inductor = importlib.import_module("torch._inductor.config")
+    with inductor.patch({"cpp.cxx": ("/nowhere/g++",)}):
+        return compile_for_lrp(mlp(), backend="inductor").attribute(X, 0)
 
 
 MUTATION = ["add_", "mistakes.py", "y.add_(1)"]
@@ -296,6 +303,8 @@ CASES += [
     ),
     ("draws between", drawn_twice, errors.RandomNumbersError, ["drawn in between", "other threads"]),
     ("training", lambda: fit_patterns(mlp(), [X]), errors.PatternFitError, ["training mode", "model.eval()"]),
+    ("compiler", without_compiler, errors.CppCompilerError, ["C++ compiler", "/nowhere/g++", "CXX"]),
+    ("CUDA graphs", lambda: tape(cuda_graphs=True), errors.OptionValueError, ["cuda_graphs=True", "GPU", "on cpu"]),
     ("region", lambda: compile_for_lrp(Maps())(X), errors.RegionError, ["vmap", "mistakes.py"]),
     ("autocast", lambda: compile_for_lrp(Casts())(X), errors.AutocastError, ["aten::lstm", "self.cell(x)", "'cpu'"]),
     ("hook", hooked, errors.HookError, ["1 has the forward hook hooked.<locals>.<lambda>", "tape.activations"]),
