@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lrp_compiler.captures import BoundCall, Captures, Compilation
 from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
 from lrp_compiler.coverage import Coverage, measure_coverage
 from lrp_compiler.forward_requests import default_request, one_row, prepared_for_rows
+from lrp_compiler.measured_error import measured_error
 from lrp_compiler.options import Options
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.errors import ArgumentError, HookError, LRPError, UnknownInputError
@@ -94,6 +96,12 @@ class LRPModule(nn.Module):
     def original(self) -> nn.Module:
         """The module this one explains."""
         return self._model
+
+    def with_options(self, options: Options, model: nn.Module | None = None) -> LRPModule:
+        """The same composite under other options, for this model or a copy of it."""
+        if model is None:
+            return LRPModule(self._model, self._composite, options, self._compiler.captures)
+        return LRPModule(model, self._composite, options)
 
     def train(self, mode: bool = True) -> LRPModule:
         self._model.train(mode)
@@ -270,12 +278,15 @@ class LRPModule(nn.Module):
         tape, question = asked.pop()
         return tape.answered(question)  # type: ignore[no-any-return]
 
-    def report(self, *args: Any, wrt: Names = None, target: Target = None, **kwargs: Any) -> Report:
+    def report(
+        self, *args: Any, wrt: Names = None, target: Target = None, measure_error: bool = False, **kwargs: Any
+    ) -> Report:
         """What the compiler made of this kind of call: coverage, rules, promises, buffers, timings, sites.
 
         Buffers and memory are those of ``attribute`` for one class or token, where only what that needs is computed.
         How far relevance is conserved is measured for ``target``, and for a composite that does not claim to conserve
-        also without one, at each sample's largest output. A model on the meta device or of fake tensors is compiled
+        also without one, at each sample's largest output; with ``measure_error``, so is the error of relevance against
+        a copy of the model in float64 (``MeasuredError``). A model on the meta device or of fake tensors is compiled
         as any other, so that a full-size network needs no memory; nothing is measured of it.
         """
         call, explained, request = self._usual(args, kwargs, wrt)
@@ -289,7 +300,8 @@ class LRPModule(nn.Module):
                 _, tape = self.run(*args, wrt=wrt, **kwargs)
             conservation = measured_conservation(tape.ledger(Predicted() if target is None else target))
         name = type(self._model).__name__
-        return make_report(name, stages, executable, attribution, explained, conservation, self.compilations)
+        made = make_report(name, stages, executable, attribution, explained, conservation, self.compilations)
+        return replace(made, error=measured_error(self, args, kwargs, wrt, target)) if measure_error else made
 
     def coverage(self, *args: Any, wrt: Names = None, **kwargs: Any) -> Coverage:
         """What becomes of every op of this kind of call, also of one that cannot be explained.

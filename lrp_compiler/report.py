@@ -23,6 +23,7 @@ from lrp_compiler.coverage import (
 from lrp_compiler.kernel_report import HEAD as KERNEL_HEAD
 from lrp_compiler.kernel_report import KernelRow, kernel_rows, kernel_summary
 from lrp_compiler.ledger import Ledger
+from lrp_compiler.measured_error import MeasuredError
 from lrp_compiler.passes.branches import (
     forward_nodes_everywhere,
     relevance_nodes_everywhere,
@@ -58,7 +59,7 @@ class Report:
     ``specialised`` the inputs whose values the code holds, so that others compile anew; ``compilations`` every tracing
     of the model so far, in which form and why; ``sites`` every name that ``at=`` takes; ``conserves`` whether the
     composite claims that inputs and named sinks make up the output, ``conservation`` what was measured; ``backend``
-    what runs the code and why.
+    what runs the code and why; ``precision`` what relevance is computed in, ``error`` what that was measured to lose.
     """
 
     model: str
@@ -87,6 +88,8 @@ class Report:
     sites: tuple[str, ...]
     conserves: bool
     conservation: Conservation | None = None
+    precision: str = "the model's dtype"
+    error: MeasuredError | None = None
 
     @property
     def ops(self) -> tuple[OpRow, ...]:
@@ -172,6 +175,7 @@ class Report:
             f"  passes    {timings(self.milliseconds)}",
             *self.backend.lines(),
             f"  kernels   {kernel_summary(self.kernels)}",
+            "  precision " + self._precision(),
             "  rules",
             indented(op_table(self.ops)),
             "  conserves " + self._conservation(),
@@ -193,6 +197,12 @@ class Report:
         words = {"reference": "of the reference run", "view": "views"}
         found = ((words.get(kind, kind), lowered[kind]) for kind in kinds if kind in lowered)
         return ", ".join(f"{one.count} {word}" + (f" ({one.bytes:,} B)" if one.bytes else "") for word, one in found)
+
+    def _precision(self) -> str:
+        if self.error is None:
+            return f"relevance in {self.precision}"
+        own = f"{self.error.own:.2g} in the model's own dtype"
+        return f"relevance in {self.precision}; off float64's by {self.error.relative:.2g} of its norm ({own})"
 
     def _conservation(self) -> str:
         claim = "yes: inputs and named sinks make up the output" if self.conserves else "not claimed by this composite"
@@ -273,4 +283,5 @@ def make_report(
         sites=tuple(site_table(program)),
         conserves=composite.conserves,
         conservation=conservation,
+        precision=str(explained.settings.precision or "the model's dtype"),
     )

@@ -54,7 +54,7 @@ class Tape:
         self._call = call
         self._once = once
         self._recording = Recording(compiler, call, request, once)
-        self._questions = Questions(compiler, call, self._recording)
+        self.questions = Questions(compiler, call, self._recording)
 
     @property
     def program(self) -> Program:
@@ -227,7 +227,7 @@ class Tape:
                 composite = getattr(self.program.composite, "name", "")
                 raise NotLinearError(composite=composite, rule=rule, node=node.name)
         refs = resolve_sites(self.program, self._names_of(at), self._call.sites)
-        chosen = self._questions.chosen(output)
+        chosen = self.questions.chosen(output)
         nodes: Sites = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
         request = Request((chosen,), tuple(dict.fromkeys(nodes)))
 
@@ -238,7 +238,7 @@ class Tape:
             return _by_label(refs, values)
 
         def seed_of(target: Target) -> Tensor:
-            return self._questions.seeds(target, output)[chosen]
+            return self.questions.seeds(target, output)[chosen]
 
         activations = self.activations([ref.label for ref in refs])
         return Linearised(pullback, self._recording.outputs()[chosen].detach(), activations, seed_of)
@@ -278,7 +278,7 @@ class Tape:
             relevance_of(seed, leaves[index])
             .reshape(seed.shape[0] if seed.dim() else 1, math.prod(seed.shape[1:]))
             .sum(1)
-            for index, seed in self._questions.seeds(target, output, create_graph).items()
+            for index, seed in self.questions.seeds(target, output, create_graph).items()
         )
 
     def asked(self, target: Target, at: Names, kind: Reading, how: How, through: Masks | None = None) -> Asked:
@@ -339,7 +339,7 @@ class Tape:
     def _question(self, target: Target, output: str | None, sites: Sites, **what: Any) -> Question:
         if self._once and not reads_output(target):
             self._recording.give_up_outputs()
-        return self._questions.ask(target, output, sites, **what)
+        return self.questions.ask(target, output, sites, **what)
 
     def _answer(self, question: Question, target: Target, output: str | None, create_graph: bool) -> Results:
         """Run the relevance pass for one question."""

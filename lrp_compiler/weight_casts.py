@@ -30,6 +30,10 @@ class WeightCasts:
     def __init__(self) -> None:
         self._kept: MutableMapping[Tensor, dict[torch.dtype, _Kept]] = WeakTensorKeyDictionary()
 
+    def __len__(self) -> int:
+        """How many parameters have casts."""
+        return len(self._kept)
+
     def of(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """``parameter`` in ``dtype``, without history; an inference tensor, which has no version, is cast each time."""
         # A cast made in inference mode could not be read where gradients are recorded.
