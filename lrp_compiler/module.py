@@ -288,7 +288,8 @@ class LRPModule(nn.Module):
                 _, tape = self.run(*args, wrt=wrt, **kwargs)
             conservation = measured_conservation(tape.ledger(Predicted() if target is None else target))
         name = type(self._model).__name__
-        return make_report(name, stages, executable, attribution, explained, conservation, self.compilations)
+        made = self._compiler.executables(call.captured)
+        return make_report(name, stages, executable, attribution, explained, conservation, self.compilations, made)
 
     def coverage(self, *args: Any, wrt: Names = None, **kwargs: Any) -> Coverage:
         """What becomes of every op of this kind of call, also of one that cannot be explained.
