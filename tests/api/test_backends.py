@@ -66,13 +66,12 @@ def both(model: nn.Module, composite: str = "auto") -> tuple[LRPModule, LRPModul
 
 
 def asked(explained: LRPModule, args: Any, kwargs: Any, target: Any) -> list[Tensor]:
-    """Output and relevance, then that of a second question on the same tape."""
+    """Output and relevance, and relevance again by a second question on the same tape."""
     with torch.no_grad():
         output, tape = explained.run(*args, **kwargs)
         output = getattr(output, "logits", output)
         found = tape.relevance(target), tape.relevance(target)
-    assert torch.equal(*map(flat, found))
-    return [output, flat(found[0])]
+    return [output, *map(flat, found)]
 
 
 def flat(relevance: Any) -> Tensor:
@@ -108,7 +107,7 @@ def test_relevance_is_as_accurate_as_eager(name: str) -> None:
         assert_as_accurate(made, plain, right, 2.0)
     report = inductor.report(*case.args, **case.kwargs)
     assert report.backend.name == "inductor" and not report.backend.refusals
-    assert [name for name, seconds in report.backend.seconds if seconds > 0] == ["forward", "relevance"]
+    assert sorted(name for name, seconds in report.backend.seconds if seconds > 0) == ["forward", "relevance"]
 
 
 CACHED = """
@@ -119,7 +118,8 @@ from lrp_compiler import compile_for_lrp
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-compile_for_lrp(model, "epsilon", backend="inductor").attribute(torch.randn(2, 6), 1)
+with torch.no_grad():
+    compile_for_lrp(model, "epsilon", backend="inductor").run(torch.randn(2, 6))[1].relevance(1)
 found = {**counters["inductor"], **counters["aot_autograd"]}
 print(found.get("fxgraph_cache_hit", 0), found.get("fxgraph_cache_miss", 0))
 """
