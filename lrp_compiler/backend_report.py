@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lrp_compiler.compiled import ExplainedCall
 from lrp_compiler.passes.codegen import Executable
 
 UNCOMPILED = "calls that record gradients, and several targets at once, run the eager code"
@@ -36,11 +35,11 @@ class BackendReport:
         return lines
 
 
-def backend_report(executable: Executable, explained: ExplainedCall) -> BackendReport:
-    """What runs ``executable``, and what was compiled for all that was asked of the call."""
+def backend_report(executable: Executable, others: tuple[Executable, ...]) -> BackendReport:
+    """What runs ``executable``, and what was compiled of all code for the same call, in ``others``."""
     seconds: list[tuple[str, float]] = []
     refusals: list[str] = []
-    for _, made in explained.executables.values():
+    for made in others:
         for name, code in (("forward", made.forward), ("relevance", made.relevance)):
             if code is not None and code.compiled is not None:
                 seconds += [(name, taken) for taken in code.compiled.seconds]

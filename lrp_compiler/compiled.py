@@ -139,6 +139,12 @@ class Compiler:
         with self._lock, without_autocast():
             return explained.emitted(request)
 
+    def executables(self, call: CapturedCall) -> tuple[Executable, ...]:
+        """All code that was made for a captured call so far."""
+        with self._lock:
+            known = self._explained.get(call, {}).values()
+            return tuple(made for explained in known for _, made in explained.executables.values())
+
     def _choose(self, program: Program) -> Composite:
         chosen = choose_composite(program) if isinstance(self.composite, str) else self.composite
         return with_rules(chosen, self.options.rules)

@@ -300,7 +300,8 @@ class LRPModule(nn.Module):
                 _, tape = self.run(*args, wrt=wrt, **kwargs)
             conservation = measured_conservation(tape.ledger(Predicted() if target is None else target))
         name = type(self._model).__name__
-        made = make_report(name, stages, executable, attribution, explained, conservation, self.compilations)
+        ran = self._compiler.executables(call.captured)
+        made = make_report(name, stages, executable, attribution, explained, conservation, self.compilations, ran)
         return replace(made, error=measured_error(self, args, kwargs, wrt, target)) if measure_error else made
 
     def coverage(self, *args: Any, wrt: Names = None, **kwargs: Any) -> Coverage:

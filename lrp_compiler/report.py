@@ -241,8 +241,12 @@ def make_report(
     explained: ExplainedCall,
     conservation: Conservation | None,
     compilations: tuple[Compilation, ...],
+    executables: tuple[Executable, ...],
 ) -> Report:
-    """Collect the report from the stages of one request, its code, and that of an attribution for one class."""
+    """Collect the report from the stages of one request, its code, and that of an attribution for one class.
+
+    ``executables`` is all code that was made for the call so far.
+    """
     program = explained.program
     live = [node for node in forward_nodes_everywhere(program) if facts(node).live and node.op == "call_function"]
     patterns = [pattern.kind for node in live if (pattern := facts(node).pattern) is not None]
@@ -279,7 +283,7 @@ def make_report(
         compilations=compilations,
         coverage=measure_coverage(model, stages, codegen=executable.milliseconds),
         kernels=kernel_rows(executable.program, explained.settings.backend),
-        backend=backend_report(executable, explained),
+        backend=backend_report(executable, executables),
         sites=tuple(site_table(program)),
         conserves=composite.conserves,
         conservation=conservation,
