@@ -128,7 +128,11 @@ def in_double(name: str, case: zoo.Case) -> zoo.Case:
     return zoo.Case(copy.deepcopy(case.model).double(), tuple(value.double() for value in case.args), {}, case.target)
 
 
-@pytest.mark.parametrize("name", FUSED)
+OTHER_USES = ("llama, CP", "gpt2", "z+")
+"""No kernel that the other cases do not run."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in OTHER_USES else ()) for n in FUSED])
 def test_kernels_take_the_place_of_what_rules_emit(name: str) -> None:
     """Against the same model in float64 relevance loses at most twice what it loses by ATen ops."""
     fused = FUSED[name]

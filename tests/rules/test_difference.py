@@ -288,9 +288,12 @@ BASELINES: dict[str, dict[str, Any]] = {
     "llama": {"input_ids": 3},
     "t5": {"input_ids": 3, "decoder_input_ids": 4},
 }
+LIKE_OTHERS = ("roberta", "gpt2", "t5")
+"""Built of what BERT and Llama are built of."""
+WHOLE = [pytest.param(n, marks=pytest.mark.slow if n in LIKE_OTHERS else ()) for n in BASELINES]
 
 
-@pytest.mark.parametrize("name", [n if n != "t5" else pytest.param(n, marks=pytest.mark.slow) for n in BASELINES])
+@pytest.mark.parametrize("name", WHOLE)
 def test_networks_are_complete(name: str) -> None:
     case = zoo.build(name, double=True)
     _, tape = compile_for_lrp(case.model, "deep_lift").run(*case.args, baselines=BASELINES[name], **case.kwargs)
@@ -303,7 +306,7 @@ def test_networks_are_complete(name: str) -> None:
     torch.testing.assert_close(per_sample, tape.seeded_output(case.target).detach(), rtol=FLOAT64, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet", "vit", "bert", "llama"])
+@pytest.mark.parametrize("name", ["vgg", "resnet", "vit", pytest.param("bert", marks=pytest.mark.slow), "llama"])
 def test_networks_without_a_difference_give_the_gradient(name: str) -> None:
     case = zoo.build(name, double=True)
     gradient = compile_for_lrp(case.model, "gradient").run(*case.args, **case.kwargs)[1]
