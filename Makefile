@@ -27,7 +27,7 @@ golden: $(VENV)/test.installed
 	EXPECTTEST_ACCEPT=1 $(BIN)/pytest tests/passes/test_golden_stages.py
 
 catalogue: $(VENV)/test.installed
-	CI=1 $(BIN)/pytest tests/rules tests/peers -m "not slow" --catalogue passes/rules/README.md
+	CI=1 $(BIN)/pytest tests/rules tests/peers --catalogue passes/rules/README.md
 
 # Compiles every kernel for GPUs that need not be here; fails where one spills registers on sm_90.
 aot: $(VENV)/test.installed

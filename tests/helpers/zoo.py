@@ -244,6 +244,13 @@ def shared(name: str, *, double: bool = False) -> tuple[Case, LRPModule]:
     return case, compile_for_lrp(case.model, "gradient")
 
 
+@cache
+def explained_by(name: str, composite: str, *, double: bool = False, **options: Any) -> tuple[Case, LRPModule]:
+    """A case that no test may change, explained with a composite; what is compiled for it serves every test."""
+    case, explained = shared(name, double=double)
+    return case, compile_for_lrp(explained, composite, **options)
+
+
 def build(name: str, *, double: bool = False, seed: int = 0) -> Case:
     """A case in eval mode, every parameter random (norms and biases too); ``double`` makes it float64 throughout.
 

@@ -21,7 +21,7 @@ META = torch.device("meta")
 
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
-AT_ONCE = 5
+AT_ONCE = 10
 """Ops compiled by one process: it takes seconds to start."""
 EVERY = [
     # The others in make test-full and make aot: fp16 differs from bf16 in little, fp32 takes longest to compile.

@@ -95,8 +95,14 @@ def compiled(name: str, composite: str, budget: float) -> LRPModule:
     return LRPModule(build(name)[0], composite, Options(memory_budget=budget), captures)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        pytest.param(name, budget, marks=() if name == "vit" or budget in (1.0, 0.2) else pytest.mark.slow)
+        for name in MODELS
+        for budget in BUDGETS
+    ],
+)
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(name: str, budget: float) -> None:
     x, explained = build(name)[1], compiled(name, "attnlrp", budget)
     explained.attribute(x, target_of(name))
@@ -118,7 +124,13 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one_on_cuda(name: 
 
 @pytest.mark.parametrize(
     ("name", "composite"),
-    [*((name, "attnlrp") for name in MODELS), ("vgg", "epsilon_plus"), ("vgg", "deep_lift"), ("llama", "deep_lift")],
+    [
+        *((name, "attnlrp") for name in ("vit", "vgg")),
+        ("vgg", "deep_lift"),
+        *(pytest.param(name, "attnlrp", marks=pytest.mark.slow) for name in ("gpt2", "llama")),
+        pytest.param("vgg", "epsilon_plus", marks=pytest.mark.slow),
+        pytest.param("llama", "deep_lift", marks=pytest.mark.slow),
+    ],
 )
 def test_budgets_change_memory_and_not_relevance(name: str, composite: str) -> None:
     x = build(name)[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from pairs import covering
 
 from lrp_compiler import LRPModule, compile_for_lrp, composites, fit_patterns
 
@@ -14,15 +15,14 @@ OTHERS = [name for name in composites.COMPOSITES if name not in CLAIMING]
 
 
 def explained_with(name: str, model: str) -> tuple[zoo.Case, LRPModule]:
-    case, explained = zoo.shared(model, double=True)
     if not name.startswith("pattern_"):
-        return case, compile_for_lrp(explained, name)
+        return zoo.explained_by(model, name, double=True)
+    case, explained = zoo.shared(model, double=True)
     patterns = fit_patterns(case.model, [case.args[0]])
     return case, compile_for_lrp(explained, getattr(composites, name)(patterns))
 
 
-@pytest.mark.parametrize("model", ["vgg", "resnet", "vit", "llama"])
-@pytest.mark.parametrize("name", CLAIMING)
+@pytest.mark.parametrize(("name", "model"), covering(CLAIMING, ["vgg", "resnet", "vit", "llama"]))
 def test_ledgers_close(name: str, model: str) -> None:
     case, explained = explained_with(name, model)
     # Token ids have no natural zero to differ from.

@@ -149,6 +149,14 @@ def traced(name: str) -> tuple[LRPModule, dict[bool, LRPModule]]:
     return compile_for_lrp(model, "gradient"), {taken: compile_for_lrp(one, "gradient") for taken, one in plain.items()}
 
 
+@cache
+def explained_by(name: str, composite: str, **options: Any) -> tuple[LRPModule, dict[bool, LRPModule]]:
+    """The same under a composite; what is compiled for it serves every test that does not change it."""
+    model, plain = traced(name)
+    each = {taken: compile_for_lrp(one, composite, **options) for taken, one in plain.items()}
+    return compile_for_lrp(model, composite, **options), each
+
+
 def inputs(taken: bool, samples: int = 3) -> Tensor:
     """A batch whose sum is positive or negative, as asked."""
     torch.manual_seed(1)
@@ -183,11 +191,10 @@ def test_outputs_are_eagers_from_one_capture(name: str) -> None:
 @pytest.mark.parametrize("composite", NAMES)
 @pytest.mark.parametrize("name", MODELS)
 def test_relevance_is_that_of_the_branch_alone(name: str, composite: str, taken: bool) -> None:
-    model, plain = traced(name)
+    model, plain = explained_by(name, composite)
     x = inputs(taken)
     with torch.no_grad():
-        tape = compile_for_lrp(model, composite).run(x)[1]
-        alone = compile_for_lrp(plain[taken], composite).run(x)[1]
+        tape, alone = model.run(x)[1], plain[taken].run(x)[1]
         assert_same(tape.relevance(1), alone.relevance(1))
         ledger = tape.ledger(1)
     if composite in ("attnlrp", "cp_lrp", "dynamiclrp", "input_x_gradient"):
@@ -202,13 +209,13 @@ def test_relevance_is_that_of_the_branch_alone(name: str, composite: str, taken:
 @pytest.mark.parametrize("taken", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_interpreter_agrees(name: str, taken: bool) -> None:
-    model, plain = built(name)
     x = inputs(taken)
     for composite in ("attnlrp", "input_x_gradient"):
+        interpreted, plain = explained_by(name, composite, reference=True)
         with torch.no_grad():
-            fast = compile_for_lrp(model, composite).run(x)[1].relevance(0)
-            slow = compile_for_lrp(model, composite, reference=True).run(x)[1].relevance(0)
-            alone = compile_for_lrp(plain[taken], composite, reference=True).run(x)[1].relevance(0)
+            fast = explained_by(name, composite)[0].run(x)[1].relevance(0)
+            slow = interpreted.run(x)[1].relevance(0)
+            alone = plain[taken].run(x)[1].relevance(0)
         assert_same(slow, alone)
         if name != "squash":
             # Where relevance becomes coefficients, the compiled path divides by a stabilised value.
@@ -218,7 +225,7 @@ def test_the_interpreter_agrees(name: str, taken: bool) -> None:
 @pytest.mark.parametrize("taken", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_several_targets_at_once(name: str, taken: bool) -> None:
-    tape = compile_for_lrp(built(name)[0], "attnlrp").run(inputs(taken))[1]
+    tape = explained_by(name, "attnlrp")[0].run(inputs(taken))[1]
     together = tape.relevance_of_each([0, 2])
     for target, found in zip((0, 2), together, strict=True):
         assert_same(found.detach(), tape.relevance(target).detach())

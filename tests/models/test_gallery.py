@@ -25,7 +25,11 @@ FAMILIES = (
     gallery_scientific,
     gallery_structure,
 )
+FIRST = {next(iter(family.ENTRIES)) for family in FAMILIES}
+"""One architecture of every family."""
+
 ENTRIES = {name: entry for family in FAMILIES for name, entry in family.ENTRIES.items()}
+SLOW = pytest.mark.slow
 
 
 def test_every_name_stands_for_one_architecture() -> None:
@@ -40,3 +44,8 @@ def test_outputs_are_eagers_and_padding_gets_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", ENTRIES)
 def test_relevance_is_covered_conserved_and_of_each_sample(name: str) -> None:
     gallery.check_relevance(ENTRIES[name])
+
+
+@pytest.mark.parametrize("name", [name if name in FIRST else pytest.param(name, marks=SLOW) for name in ENTRIES])
+def test_sign_splits_are_covered_conserved_and_deaf_to_padding(name: str) -> None:
+    gallery.check_sign_split(ENTRIES[name])

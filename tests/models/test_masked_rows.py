@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 import torch
+from pairs import covering
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,8 +74,10 @@ def causal(spelling: str) -> LRPModule:
     return compile_for_lrp(Causal(SPELLINGS[spelling]).double(), "gradient")
 
 
-@pytest.mark.parametrize("composite", ["attnlrp", "cp_lrp", "relp", "input_x_gradient", "deep_lift"])
-@pytest.mark.parametrize("spelling", SPELLINGS)
+COMPOSITES = ("attnlrp", "cp_lrp", "relp", "input_x_gradient", "deep_lift")
+
+
+@pytest.mark.parametrize(("spelling", "composite"), covering(SPELLINGS, COMPOSITES))
 def test_padding_in_front_changes_nothing(spelling: str, composite: str) -> None:
     model = causal(spelling).original
     x, real = torch.randn(2, 5, 8, dtype=torch.float64), torch.ones(2, 5, dtype=torch.bool)

@@ -17,22 +17,34 @@ FLOAT64 = [name for name in zoo.BUILDERS if name != "llama_eager"]
 """The models that compute in float64 when asked to: Llama's eager attention casts its softmax to float32."""
 
 
+OFTEN = ("vgg", "bert", "lstm")
+"""A convolutional, an attending and a recurrent model, for what the others differ little in."""
+
+
+def of_every_kind(names: list[str], composites: list[str]) -> list[Any]:
+    """All pairs of them; by default every model with the first composite, and one of every kind with the others."""
+    return [
+        pytest.param(name, composite, marks=() if composite == composites[0] or name in OFTEN else pytest.mark.slow)
+        for composite in composites
+        for name in names
+    ]
+
+
 def tape_of(case: zoo.Case, composite: Any, **options: Any) -> Tape:
     return compile_for_lrp(case.model, composite, **options).run(*case.args, **case.kwargs)[1]
 
 
 def shared_tape(name: str, composite: Any, *, double: bool = False, **options: Any) -> tuple[zoo.Case, Tape]:
     """A case as it is built, and a tape of its call."""
-    case, explained = zoo.shared(name, double=double)
-    return case, compile_for_lrp(explained, composite, **options).run(*case.args, **case.kwargs)[1]
+    case, explained = zoo.explained_by(name, composite, double=double, **options)
+    return case, explained.run(*case.args, **case.kwargs)[1]
 
 
 def by_name(relevance: Any) -> dict[str, Tensor]:
     return relevance if isinstance(relevance, dict) else {"input": relevance}
 
 
-@pytest.mark.parametrize("composite", COMPOSITES)
-@pytest.mark.parametrize("name", FLOAT64)
+@pytest.mark.parametrize(("name", "composite"), of_every_kind(FLOAT64, COMPOSITES))
 def test_ledger_closes_op_by_op(name: str, composite: str) -> None:
     """seed = relevance at inputs + sinks, and so at every op, in float64."""
     case, tape = shared_tape(name, composite, double=True)
@@ -41,14 +53,13 @@ def test_ledger_closes_op_by_op(name: str, composite: str) -> None:
     for row in ledger.rows:
         assert row.relative_gap <= FLOAT64_RTOL, row
     assert abs(ledger.gap) <= FLOAT64_RTOL * abs(ledger.seed)
-    inputs = sum(value.sum().item() for value in by_name(tape.relevance(case.target)).values())
+    inputs = sum(value.sum().item() for value in by_name(tape.relevance(case.target, per_dimension=True)).values())
     sinks = sum(value.sum().item() for kinds in tape.sinks(case.target).values() for value in kinds.values())
     assert inputs + sinks == pytest.approx(ledger.seed, rel=FLOAT64_RTOL)
     ledger.check()
 
 
-@pytest.mark.parametrize("composite", [*COMPOSITES, "gradient"])
-@pytest.mark.parametrize("name", FLOAT64)
+@pytest.mark.parametrize(("name", "composite"), of_every_kind(FLOAT64, [*COMPOSITES, "gradient"]))
 def test_agrees_with_the_relevance_space_reference(name: str, composite: str) -> None:
     case, tape = shared_tape(name, composite, double=True)
     ours = by_name(tape.relevance(case.target, per_dimension=True))
@@ -108,8 +119,10 @@ def test_a_batch_is_its_samples_one_by_one(name: str) -> None:
             torch.testing.assert_close(value[0], batch[key][sample], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("composite", ["attnlrp", "cp_lrp", "epsilon"])
-@pytest.mark.parametrize("name", ["bert", "bert_eager", "roberta", "llama", "llama_eager", "t5"])
+@pytest.mark.parametrize(
+    ("name", "composite"),
+    of_every_kind(["bert", "bert_eager", "roberta", "llama", "llama_eager", "t5"], ["attnlrp", "cp_lrp", "epsilon"]),
+)
 def test_padding_gets_exactly_nothing(name: str, composite: str) -> None:
     case, tape = shared_tape(name, composite)
     mask = case.kwargs.get("attention_mask", case.args[-1] if case.args else None)

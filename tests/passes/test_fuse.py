@@ -13,7 +13,7 @@ import zoo
 from accuracy import assert_as_accurate
 from torch import Tensor, fx, nn
 
-from lrp_compiler import compile_for_lrp, composites, rules
+from lrp_compiler import LRPModule, compile_for_lrp, composites, rules
 from lrp_compiler.composites import composite_named
 from lrp_compiler.errors import OptionValueError
 from lrp_compiler.passes.fusing.attention import attention_form
@@ -114,9 +114,9 @@ FUSED: dict[str, Fused] = {
 }
 
 
-def relevance(case: zoo.Case, composite: str | Composite, backend: str) -> Tensor:
-    """Relevance of the input by one backend."""
-    _, tape = compile_for_lrp(case.model, composite, backend=backend).run(*case.args, **case.kwargs)
+def relevance(case: zoo.Case, explained: LRPModule) -> Tensor:
+    """Relevance of the input."""
+    _, tape = explained.run(*case.args, **case.kwargs)
     found: Tensor = tape.relevance(case.target)
     return found
 
@@ -128,16 +128,23 @@ def in_double(name: str, case: zoo.Case) -> zoo.Case:
     return zoo.Case(copy.deepcopy(case.model).double(), tuple(value.double() for value in case.args), {}, case.target)
 
 
-@pytest.mark.parametrize("name", FUSED)
+OTHER_USES = ("llama, CP", "gpt2", "z+")
+"""No kernel that the other cases do not run."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in OTHER_USES else ()) for n in FUSED])
 def test_kernels_take_the_place_of_what_rules_emit(name: str) -> None:
     """Against the same model in float64 relevance loses at most twice what it loses by ATen ops."""
     fused = FUSED[name]
     case = fused.build()
-    report = compile_for_lrp(case.model, fused.composite, backend="triton").report(*case.args, **case.kwargs)
+    by_kernels = compile_for_lrp(case.model, fused.composite, backend="triton")
+    report = by_kernels.report(*case.args, **case.kwargs)
     used = Counter(kernel for row in report.kernels for kernel in row.kernels)
     assert {kernel: used[kernel] for kernel in fused.kernels} == fused.kernels, report.kernel_table()
-    found, eager = (relevance(case, fused.composite, backend) for backend in ("triton", "eager"))
-    exact = relevance(in_double(name, case), fused.composite, "eager")
+    by_ops = compile_for_lrp(by_kernels, fused.composite, backend="eager")
+    found, eager = (relevance(case, explained) for explained in (by_kernels, by_ops))
+    double = in_double(name, case)
+    exact = relevance(double, compile_for_lrp(double.model, fused.composite, backend="eager"))
     assert_as_accurate(found, eager, exact.double(), 2.0)
 
 
@@ -203,12 +210,13 @@ def test_attention_as_it_stands_on_cuda(mask: str, leaves: tuple[int, ...]) -> N
 
 def test_every_op_has_a_kernel_or_a_reason() -> None:
     case = zoo.build("llama")
-    for backend in ("triton", "eager", "auto"):
-        report = compile_for_lrp(case.model, "attnlrp", backend=backend).report(**case.kwargs)
+    explained = compile_for_lrp(case.model, "attnlrp")
+    for backend in ("triton", "auto", "eager"):
+        report = compile_for_lrp(explained, "attnlrp", backend=backend).report(**case.kwargs)
         assert report.kernels
         assert all(bool(row.kernels) != bool(row.reason) for row in report.kernels), report.kernel_table()
         assert ("norm_bwd" in str(report)) == (backend == "triton")
-    assert "backend='eager'" in str(compile_for_lrp(case.model, "attnlrp", backend="eager").report(**case.kwargs))
+    assert "backend='eager'" in str(report)
 
 
 def test_values_that_sinks_read_are_not_computed_twice() -> None:

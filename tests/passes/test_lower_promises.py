@@ -179,16 +179,25 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Call, bool]] = {
     "switch, training": (Switch, lambda: switched(1), True),
 }
 CASES = [
-    *(("convolutional", name) for name in ("attnlrp", "epsilon_gamma_box", "guided_backprop")),
-    *(("convolutional", name) for name in ("excitation_pullback", "deep_lift")),
+    *(("convolutional", name) for name in ("attnlrp", "epsilon_gamma_box", "excitation_pullback", "deep_lift")),
     ("convolutional, training", "epsilon_alpha2_beta1"),
     *(("volumes", name) for name in ("attnlrp", "deep_lift")),
-    *(("norms", name) for name in ("attnlrp", "input_x_gradient", "deep_lift")),
-    *(("dropped", name) for name in ("attnlrp", "epsilon_plus", "deep_lift")),
-    *(("gated", name) for name in ("attnlrp", "cp_lrp", "deep_lift")),
+    *(("norms", name) for name in ("attnlrp", "deep_lift")),
+    *(("dropped", name) for name in ("attnlrp", "deep_lift")),
+    *(("gated", name) for name in ("attnlrp", "deep_lift")),
     *(("attention", name) for name in ("attnlrp", "relp")),
     *((f"switch, {side}", "attnlrp") for side in ("one", "other", "training")),
-    *((name, "attnlrp") for name in ("gpt2", "llama", "t5")),
+    *((name, "attnlrp") for name in ("gpt2", "llama")),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("convolutional", "guided_backprop"),
+            ("norms", "input_x_gradient"),
+            ("dropped", "epsilon_plus"),
+            ("gated", "cp_lrp"),
+            ("t5", "attnlrp"),
+        )
+    ),
 ]
 """Models and composites; attnlrp with the whole ledger on small models."""
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import relative_error
 from functions import Op
+from pairs import covering
 from torch import Tensor, nn
 
 from lrp_compiler import compile_for_lrp
@@ -156,8 +157,7 @@ def test_layer_norms_follow_the_ln_rule(name: str) -> None:
     assert relative_error(theirs, x * grad) <= FLOAT64
 
 
-@pytest.mark.parametrize("composite", [*COMPOSITES, "input_x_gradient"])
-@pytest.mark.parametrize("name", LAYER_NORMS)
+@pytest.mark.parametrize(("composite", "name"), covering([*COMPOSITES, "input_x_gradient"], list(LAYER_NORMS)))
 def test_layer_norms_are_what_torchs_is_under_every_composite(name: str, composite: str) -> None:
     x, seed = random(2, WIDTH), random(2, WIDTH)
     native = nn.LayerNorm(WIDTH, eps=EPS, elementwise_affine=False)

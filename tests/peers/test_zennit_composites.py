@@ -8,6 +8,7 @@ import pytest
 import torch
 from accuracy import relative_error
 from catalogue import agreement
+from pairs import covering
 from peers import (
     zennit_attribution,
     zennit_composites,
@@ -33,8 +34,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "network"), covering(NAMES, ["resnet", "cnn", "sequence_net", "volume_net"]))
 def test_named_composites_are_zennits(name: str, network: str) -> None:
     make, shape = NETWORKS[network]
     model, x = make().double(), torch.randn(shape, dtype=torch.float64).clamp(LOW, HIGH)
@@ -44,7 +44,7 @@ def test_named_composites_are_zennits(name: str, network: str) -> None:
         assert agreement(explained, x, explained.attribute(x, target), expected, "zennit") <= FLOAT64
 
 
-@pytest.mark.parametrize("network", ["cnn", "resnet"])
+@pytest.mark.parametrize("network", ["cnn", pytest.param("resnet", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_zennit_composites_are_accepted_as_they_are(name: str, network: str) -> None:
     """The object itself, translated module by module, its parameters read from its hooks."""

@@ -83,7 +83,7 @@ def network(drawn: list[Layer]) -> nn.Module:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(drawn=st.lists(layers, min_size=1, max_size=3), batch=st.integers(1, 3), channels_last=st.booleans())
-@settings(max_examples=6, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
 def test_random_networks(name: str, drawn: list[Layer], batch: int, channels_last: bool) -> None:
     torch.manual_seed(0)
     model = network(drawn)

@@ -7,6 +7,7 @@ formulas; and the limit x0 = x, where every multiplier must be the ordinary deri
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,17 +21,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrp_compiler import Composite, Tape, compile_for_lrp, composites, errors
+from lrp_compiler import Composite, LRPModule, Tape, compile_for_lrp, composites, errors
 from lrp_compiler.rules import NormalisedRescale, OpClass, on
 
 FLOAT64 = 1e-9
 """Quotients of differences lose eps |y / (x - x0)|."""
 
 
+@cache
+def explained_by(fn: Callable[..., Any], composite: str | Composite = "deep_lift") -> LRPModule:
+    """Compiled once for every test that asks about a function."""
+    return compile_for_lrp(fn if isinstance(fn, nn.Module) else Op(fn), composite, verify="ledger")
+
+
 def tape_of(fn: Callable[..., Any], inputs: Any, references: Any, composite: str | Composite = "deep_lift") -> Tape:
-    model = fn if isinstance(fn, nn.Module) else Op(fn)
-    explained = compile_for_lrp(model, composite, verify="ledger")
-    names = explained.report(*inputs).inputs
+    explained = explained_by(fn, composite)
+    names = explained.explained_call(tuple(inputs), {}).program.sources
     return explained.run(*inputs, baselines=dict(zip(names, references, strict=True)))[1]
 
 
@@ -129,7 +135,7 @@ def test_every_op_is_complete(name: str) -> None:
     error = abs(total - float((change * seed).sum())) / size
     assert error <= FLOAT64
     assert not tape.ledger(seed).sink_totals()
-    note(compile_for_lrp(Op(fn), "deep_lift"), tuple(inputs), {}, "completeness", error)
+    note(explained_by(fn), tuple(inputs), {}, "completeness", error)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -141,10 +147,7 @@ def test_without_a_difference_every_multiplier_is_the_derivative(name: str) -> N
     expected = torch.autograd.grad(fn(*leaves), leaves, seed)
     tape = tape_of(fn, inputs, inputs)
     for found, wanted in zip(coefficients(tape, seed), expected, strict=True):
-        assert (
-            agreement(compile_for_lrp(Op(fn), "deep_lift"), tuple(inputs), found, wanted, "autograd at x = x0")
-            <= FLOAT64
-        )
+        assert agreement(explained_by(fn), tuple(inputs), found, wanted, "autograd at x = x0") <= FLOAT64
     assert all((relevance == 0).all() for relevance in relevances(tape, seed))
 
 
@@ -288,9 +291,12 @@ BASELINES: dict[str, dict[str, Any]] = {
     "llama": {"input_ids": 3},
     "t5": {"input_ids": 3, "decoder_input_ids": 4},
 }
+LIKE_OTHERS = ("roberta", "gpt2", "t5")
+"""Built of what BERT and Llama are built of."""
+WHOLE = [pytest.param(n, marks=pytest.mark.slow if n in LIKE_OTHERS else ()) for n in BASELINES]
 
 
-@pytest.mark.parametrize("name", [n if n != "t5" else pytest.param(n, marks=pytest.mark.slow) for n in BASELINES])
+@pytest.mark.parametrize("name", WHOLE)
 def test_networks_are_complete(name: str) -> None:
     case = zoo.build(name, double=True)
     _, tape = compile_for_lrp(case.model, "deep_lift").run(*case.args, baselines=BASELINES[name], **case.kwargs)
@@ -303,7 +309,7 @@ def test_networks_are_complete(name: str) -> None:
     torch.testing.assert_close(per_sample, tape.seeded_output(case.target).detach(), rtol=FLOAT64, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet", "vit", "bert", "llama"])
+@pytest.mark.parametrize("name", ["vgg", "resnet", "vit", pytest.param("bert", marks=pytest.mark.slow), "llama"])
 def test_networks_without_a_difference_give_the_gradient(name: str) -> None:
     case = zoo.build(name, double=True)
     gradient = compile_for_lrp(case.model, "gradient").run(*case.args, **case.kwargs)[1]

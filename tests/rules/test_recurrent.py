@@ -11,6 +11,7 @@ from accuracy import relative_error
 from catalogue import agreement
 from hypothesis import given
 from hypothesis import strategies as st
+from pairs import covering
 from recurrence import KINDS, arras, cell, frozen, start
 from torch import Tensor, nn
 
@@ -190,8 +191,9 @@ class Classifier(nn.Module):
         return self.head(torch.cat([h[-2], h[-1]], -1))
 
 
-@pytest.mark.parametrize("composite", ["auto", "cp_lrp", "epsilon_plus", "dynamiclrp", "relp"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("composite", "kind"), covering(["auto", "cp_lrp", "epsilon_plus", "dynamiclrp", "relp"], list(KINDS))
+)
 def test_tokens_and_sinks_add_up_to_the_logit(kind: str, composite: str) -> None:
     model, ids = Classifier(kind).double(), torch.randint(0, 30, (4, 7))
     logits, tape = compile_for_lrp(model, composite).run(ids)

@@ -10,6 +10,7 @@ from accuracy import relative_error
 from catalogue import agreement
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import covering
 from state_space import (
     SPELLINGS,
     MambaBlock,
@@ -81,8 +82,11 @@ def test_the_op_is_registered_soundly() -> None:
     torch.library.opcheck(SELECTIVE_SCAN_TRANSPOSE.op, arguments)
 
 
-@pytest.mark.parametrize("composite", ["mamba_lrp", "attnlrp", "auto"])
-@pytest.mark.parametrize("scan", SPELLINGS, ids=lambda scan: scan.__name__)
+@pytest.mark.parametrize(
+    ("scan", "composite"),
+    covering(SPELLINGS, ["mamba_lrp", "attnlrp", "auto"]),
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_a_mamba_block_is_explained_by_mamba_lrp(scan: Callable[..., Tensor], composite: str) -> None:
     block, x, seed = MambaBlock(scan).double(), random(2, 5, 3), random(2, 5, 3)
     torch.testing.assert_close(block(x), block.restated(x), rtol=1e-12, atol=1e-12)
@@ -109,7 +113,7 @@ def test_the_reference_interpreter_agrees(scan: Callable[..., Tensor]) -> None:
     assert relative_error(compile_for_lrp(block, "mamba_lrp").attribute(x, (3, 1)), theirs) <= FLOAT64
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(**sizes)
 def test_blocks_of_any_size(steps: int, batch: int, channels: int, states: int) -> None:
     """Also one step, one sample, one channel, and no sample at all."""
@@ -299,8 +303,11 @@ class LinearAttention(nn.Module):
 
 
 @pytest.mark.parametrize("composite", ["cp_lrp", "mamba_lrp"])
-@pytest.mark.parametrize("normalised", ["no", "divided", "reciprocal"])
-@pytest.mark.parametrize("fn", [products, einsums, causal_einsums, causal_products], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize(
+    ("fn", "normalised"),
+    covering([products, einsums, causal_einsums, causal_products], ["no", "divided", "reciprocal"]),
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_linear_attention_with_constant_maps(fn: Callable[..., Tensor], normalised: str, composite: str) -> None:
     model, x, seed = LinearAttention(fn, normalised).double(), random(2, 5, 6), random(2, 2, 5, 3)
 

@@ -54,7 +54,9 @@ def step_of(case: zoo.Case, how: str) -> Any:
     return forward
 
 
-@pytest.mark.parametrize("name", ["resnet", "bert", "llama", "t5", "stochastic depth"])
+@pytest.mark.parametrize(
+    "name", ["resnet", "bert", "llama", pytest.param("t5", marks=pytest.mark.slow), "stochastic depth"]
+)
 def test_adam_leaves_the_state_eager_leaves(name: str) -> None:
     """Weights, statistics, moments and random numbers; with relevance of every step, too."""
     states = []

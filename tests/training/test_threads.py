@@ -42,7 +42,7 @@ def test_eight_threads_get_what_one_gets(warm: bool) -> None:
         assert all(identical(found, expected[i]) for found in rounds), i
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_threads_share_one_tape(name: str) -> None:
     """Questions that make the tape compute the forward pass again, too."""
     case = zoo.build(name)

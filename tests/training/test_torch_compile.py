@@ -11,8 +11,15 @@ from training import cleared, gradients, identical, loss_of
 from lrp_compiler import compile_for_lrp
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", ["resnet", "bert"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("resnet", "aot_eager"),
+        ("bert", "eager"),
+        pytest.param("resnet", "eager", marks=pytest.mark.slow),
+        pytest.param("bert", "aot_eager", marks=pytest.mark.slow),
+    ],
+)
 def test_outputs_and_gradients_are_those_of_the_model(name: str, backend: str) -> None:
     torch.compiler.reset()
     case = zoo.build(name)
