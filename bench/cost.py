@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from harness import command, in_turns, machine, markdown, show, spread, write, write_csv
-from workloads import Workload, gpt2, input_x_gradient, llama, resnet, roberta, vgg16, vit
+from workloads import Workload, agrees_with_autograd, gpt2, input_x_gradient, llama, resnet, roberta, vgg16, vit
 
 from lrp_compiler import compile_for_lrp
 
@@ -45,13 +45,6 @@ def providers(work: Workload) -> dict[str, Callable[[], object]]:
     }
 
 
-def agrees(work: Workload) -> bool:
-    """Whether ours computes autograd's input x gradient, to float32 rounding."""
-    expected = input_x_gradient(work)
-    found = compile_for_lrp(work.model, "input_x_gradient").attribute(work.x, work.target)
-    return bool((found - expected).norm() <= 1e-4 * expected.norm())
-
-
 def rows(work: Workload, repeats: int) -> list[list[str]]:
     """One line per provider: median, p20, p80, ratio to the plain forward and to input x gradient."""
     taken = in_turns(providers(work), repeats)
@@ -74,7 +67,7 @@ def main() -> None:
     for make in WORKLOADS:
         work = make()
         work.model.requires_grad_(False)
-        if not agrees(work):
+        if not agrees_with_autograd(work):
             sys.exit(f"{work.name}: ours disagrees with autograd; nothing was timed")
         lines += rows(work, options.repeats)
     where = f"{machine()}, float32, batch 1"
