@@ -7,7 +7,7 @@ WORKERS ?= 2
 # The root must stay off sys.path: a bare "kernels" is another package's name (see CONTRIBUTING.md).
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-full lint golden catalogue aot kernel-table bench gpu clean
+.PHONY: demo test test-full lint golden catalogue aot kernel-table bench throughput scaling gpu clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python examples/demo.py
@@ -37,10 +37,18 @@ aot: $(VENV)/test.installed
 kernel-table: $(VENV)/test.installed
 	PYTHONSAFEPATH= $(BIN)/python bench/kernel_table.py --out kernels/dialect/TABLE.md
 
-# Ours beside every peer, into bench/results/<machine>/; about three hours on two quiet CPU cores, most of it spent in
-# slow peers at batch 8. make bench BENCH="--models vit --batch 1" for a part, BENCH="--dynamic-lrp FOLDER" for all peers.
+# Ours beside every peer, into bench/results/<machine>/; what is slow is called three times, all else nine times.
+# make bench BENCH="--models vit --batch 1" for a part, BENCH="--dynamic-lrp FOLDER" for all peers.
 bench: $(VENV)/bench.installed
 	PYTHONSAFEPATH= $(BIN)/python bench/peers.py --out bench/results $(BENCH)
+
+# Many targets of one input in one call, and cost against size; into bench/results/cpu-<cores>-cores/.
+# make scaling SCALING="--axes tokens" for a part, make throughput THROUGHPUT="--models vit" likewise.
+throughput: $(VENV)/bench.installed
+	PYTHONSAFEPATH= $(BIN)/python bench/throughput.py --out bench/results/cpu-$$(nproc)-cores $(THROUGHPUT)
+
+scaling: $(VENV)/bench.installed
+	PYTHONSAFEPATH= $(BIN)/python bench/scaling.py --out bench/results/cpu-$$(nproc)-cores $(SCALING)
 
 # Under eight minutes, on the python at hand: a machine with a GPU may have torch and triton but no internet.
 # make gpu RESULTS=folder writes there instead of to bench/results/<name of the GPU>.

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from harness import command, in_turns, publish, spread
-from workloads import Workload, input_x_gradient, timed
+from workloads import Workload, agrees_with_autograd, input_x_gradient, timed
 
 from lrp_compiler import compile_for_lrp
 
@@ -44,13 +44,6 @@ def providers(work: Workload) -> dict[str, Callable[[], object]]:
     }
 
 
-def agrees(work: Workload) -> bool:
-    """Whether ours computes autograd's input x gradient, to float32 rounding."""
-    expected = input_x_gradient(work)
-    found = compile_for_lrp(work.model, "input_x_gradient").attribute(work.x, work.target)
-    return bool((found - expected).norm() <= 1e-4 * expected.norm())
-
-
 def rows(work: Workload, repeats: int) -> list[list[str]]:
     """One line per provider: median, p20, p80, ratio to the plain forward and to input x gradient."""
     taken = in_turns(providers(work), repeats)
@@ -70,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     lines: list[list[str]] = []
     for work in timed():
-        if not agrees(work):
+        if not agrees_with_autograd(work):
             sys.exit(f"{work.name}: ours disagrees with autograd; nothing was timed")
         lines += rows(work, options.repeats)
     publish("cost", HEADER, lines, options.out)

@@ -40,13 +40,13 @@ LEAST = 3
 
 
 def measured_in_turns(
-    calls: Mapping[str, Callable[[], float]], repeats: int, seconds: float = math.inf
+    calls: Mapping[str, Callable[[], float]], repeats: int, seconds: float = math.inf, *, is_warm: bool = False
 ) -> dict[str, list[float]]:
-    """The same of calls that say themselves how many milliseconds they took.
+    """The same of calls that say themselves how many milliseconds they took; all have run before where it ``is_warm``.
 
     One that has taken ``seconds`` sits the later rounds out, but not the first three.
     """
-    for call in calls.values():
+    for call in () if is_warm else calls.values():
         call()
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for done in range(repeats):

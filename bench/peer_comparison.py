@@ -143,7 +143,7 @@ class Comparison:
     def run(self, repeats: int, seconds: float) -> list[Measured]:
         """Call the workers that are there in turns, then ask each what one call takes of memory."""
         calls = {name: partial(self.call, name) for name in self.workers}
-        taken = measured_in_turns(calls, repeats, seconds)
+        taken = measured_in_turns(calls, repeats, seconds, is_warm=True)
         lasting = {name: values for name, values in taken.items() if name not in self.failures}
         measured = []
         for name, values in lasting.items():

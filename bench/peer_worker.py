@@ -74,6 +74,7 @@ class Session:
         self._provider, self._setting = provider, setting
         self._device = setting.work.x.device
         self._made: Prepared | None = None
+        self._first: Any = None
         self._found: Tensor | None = None
 
     @property
@@ -83,11 +84,13 @@ class Session:
         return self._made
 
     def first(self) -> float:
-        """Milliseconds of the first call, with whatever the provider prepares for it."""
-        return milliseconds(lambda: self._prepared.call(), self._device)[0]
+        """Milliseconds of the first call, with whatever the provider prepares for it; what it gave is kept."""
+        taken, self._first = milliseconds(lambda: self._prepared.call(), self._device)
+        return taken
 
     def go(self) -> float:
         """Milliseconds of one call."""
+        self._first = None
         return milliseconds(self._prepared.call, self._device)[0]
 
     def relevance(self, path: str) -> bool:
@@ -98,9 +101,10 @@ class Session:
         return found is not None
 
     def _relevance(self) -> Tensor | None:
-        """The relevance of the input, computed when first asked for."""
+        """The relevance of the input, the first call's if that is still there."""
         if self._found is None and self._prepared.relevance is not None:
-            self._found = self._prepared.relevance(self._prepared.call())
+            made = self._prepared.call() if self._first is None else self._first
+            self._found, self._first = self._prepared.relevance(made), None
         return self._found
 
     def rounding(self) -> list[float]:

@@ -134,7 +134,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--providers", nargs="+", default=["*"], help="names or globs; both bars always run")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--seconds", type=float, default=60, help="what slow providers may take of each model's run")
+    parser.add_argument(
+        "--seconds", type=float, default=8, help="what slow providers may take of each model's run, but for three calls"
+    )
     parser.add_argument("--patience", type=float, default=900, help="seconds after which a worker counts as stuck")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

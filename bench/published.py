@@ -213,8 +213,9 @@ def roberta_large() -> Call:
     return of_ids(transformers.RobertaForSequenceClassification(config), 50265)
 
 
-def llama_1b() -> Call:
-    config = transformers.LlamaConfig(
+def llama_1b_config() -> transformers.LlamaConfig:
+    """The sizes of Llama-3.2-1B."""
+    return transformers.LlamaConfig(
         vocab_size=128256,
         hidden_size=2048,
         intermediate_size=8192,
@@ -225,7 +226,10 @@ def llama_1b() -> Call:
         max_position_embeddings=131072,
         tie_word_embeddings=True,
     )
-    return of_ids(transformers.LlamaForCausalLM(config), 128256)
+
+
+def llama_1b() -> Call:
+    return of_ids(transformers.LlamaForCausalLM(llama_1b_config()), 128256)
 
 
 def gemma3_270m() -> Call:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import itertools
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -192,12 +193,12 @@ def cells(row: Row) -> list[str]:
 
 TEXT = """# Relevance maps per second
 
-`python bench/throughput.py {command}` on {machine}.
+`{command}` on {machine}.
 
-Random weights, float32. Many targets of one input: "all at once" is one call of `tape.relevance_of_each`, which maps the
-relevance pass over as many targets as its default chunk holds; "one by one" asks the same tape for each; "call by call"
-runs the forward pass again for each, as peers do. Every map equalled that of its target alone before anything was timed.
-Milliseconds and maps are per sample; the ratio is to eager input x gradient called again and again.
+Random weights, float32. Many targets of one input: "all at once" is one call of `tape.relevance_of_each`, which maps
+the relevance pass over as many targets as its default chunk holds; "one by one" asks the same tape for each; "call by
+call" runs the forward pass again for each, as peers do. Every map equalled that of its target alone before anything was
+timed. Milliseconds and maps are per sample; the ratio is to eager input x gradient called again and again.
 
 {tables}
 """
@@ -232,7 +233,8 @@ def main() -> None:
         show(f"{title}, {where}", HEADER, map(cells, found))
         tables.append(f"## {title}\n\n{markdown(HEADER, map(cells, found))}")
     if options.out and rows:
-        text = TEXT.format(command=" ".join(sys.argv[1:]), machine=where, tables="\n\n".join(tables))
+        asked = shlex.join(["python", "bench/throughput.py", *sys.argv[1:]])
+        text = TEXT.format(command=asked, machine=where, tables="\n\n".join(tables))
         write(options.out / "throughput.md", text)
         names = ("machine", *(field.name for field in fields(Row)))
         write_csv(options.out / "throughput.csv", names, ((where, *astuple(row)) for row in rows))

@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lrp_compiler import compile_for_lrp
+
 CLASS = 3
 """The logit that is explained; the weights are random, and so is what it stands for."""
 
@@ -208,3 +210,10 @@ def explained_logits(output: Tensor, target: int | tuple[int, ...]) -> Tensor:
     """The logit of every sample that a target names."""
     chosen = target if isinstance(target, tuple) else (target,)
     return output[(slice(None), *chosen)]
+
+
+def agrees_with_autograd(work: Workload) -> bool:
+    """Whether ours computes autograd's input x gradient, to float32 rounding."""
+    expected = input_x_gradient(work)
+    found = compile_for_lrp(work.model, "input_x_gradient").attribute(work.x, work.target)
+    return bool((found - expected).norm() <= 1e-4 * expected.norm())

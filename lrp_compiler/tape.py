@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -121,10 +121,13 @@ class Tape:
         if self._compiler.options.reference:
             each = [self.answered(self.asked(target, at, self.readout, how)) for target in targets]
             return pytree.tree_map(lambda *found: torch.stack(found), *each)
-        asked = partial(self.asked, at=at, kind=self.readout, how=how)
+
+        def asked(part: Sequence[Target]) -> Asked:
+            return self.asked(Several(tuple(part)), at, self.readout, how)
+
         if chunk is None:
-            chunk = self._recording.side_by_side(asked(Several(tuple(targets[:1]))).question.request)
-        parts = [self.answered(asked(Several(tuple(part)))) for part in chunks(targets, chunk)]
+            chunk = self._recording.side_by_side(asked(targets[:1]).question.request)
+        parts = [self.answered(asked(part)) for part in chunks(targets, chunk)]
         return pytree.tree_map(lambda *found: found[0] if len(found) == 1 else torch.cat(found), *parts)
 
     def coefficients(

@@ -47,7 +47,8 @@ def with_outputs(composite: str, setting: Setting) -> Prepared:
             output, tape = module.run(work.x)
             return output, tape.relevance(work.target)
 
-    return Prepared(call, lambda result: result[1], partial(unaccounted, module, setting))
+    # The ledger is that of attributions alone, and costs another compilation.
+    return Prepared(call, lambda result: result[1])
 
 
 def on_attention(entry: Entry) -> bool:
