@@ -14,9 +14,8 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from harness import command, in_turns, publish, spread
-from workloads import Workload, agrees_with_autograd, input_x_gradient, timed
+from workloads import Workload, agrees_with_autograd, input_x_gradient, plain_forward, timed, with_outputs
 
 from lrp_compiler import compile_for_lrp
 
@@ -26,21 +25,12 @@ HEADER = ("model", "provider", "median ms", "p20", "p80", "x forward", "x input 
 def providers(work: Workload) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
 
-    def plain() -> object:
-        with torch.no_grad():
-            return work.model(work.x)
-
-    def with_outputs() -> object:
-        with torch.no_grad():
-            _, tape = explained["attnlrp"].run(work.x)
-            return tape.relevance(work.target)
-
     explained = {name: compile_for_lrp(work.model, name) for name in ("attnlrp", "cp_lrp", "epsilon")}
     return {
-        "plain forward": plain,
+        "plain forward": partial(plain_forward, work),
         "eager input x gradient": partial(input_x_gradient, work),
         **{f"ours, {name}": partial(one.attribute, work.x, work.target) for name, one in explained.items()},
-        "ours, attnlrp, outputs too": with_outputs,
+        "ours, attnlrp, outputs too": partial(with_outputs, explained["attnlrp"], work),
     }
 
 

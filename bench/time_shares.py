@@ -2,9 +2,10 @@
 
     python bench/time_shares.py [--out FOLDER] [--repeats N] [--models NAME ...]
 
-One row per model and side: ours (composite attnlrp, attributions alone) and eager input x gradient. Ops are timed by
-torch.profiler, which makes them dearer than they are: read the shares, not the sums. What no op accounts for of the
-wall-clock time is python and dispatch. Random weights, float32, batch 1.
+One row per model and side: ours (composite attnlrp, attributions alone and with outputs), eager input x gradient, and
+the forward pass, without which outputs cannot be had. Ops are timed by torch.profiler, which makes them dearer than
+they are: read the shares, not the sums. What no op accounts for of the wall-clock time is python and dispatch. Random
+weights, float32, batch 1.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import partial
 
 from harness import command, publish
 from torch.profiler import ProfilerActivity, profile
-from workloads import TIMED, input_x_gradient, timed
+from workloads import TIMED, input_x_gradient, plain_forward, timed, with_outputs
 
 from lrp_compiler import compile_for_lrp
 
@@ -67,9 +68,12 @@ def main() -> None:
     options = parser.parse_args()
     lines = []
     for work in timed(options.models):
+        explained = compile_for_lrp(work.model, "attnlrp")
         sides = {
-            "ours, attnlrp": partial(compile_for_lrp(work.model, "attnlrp").attribute, work.x, work.target),
+            "ours, attnlrp": partial(explained.attribute, work.x, work.target),
+            "ours, attnlrp, outputs too": partial(with_outputs, explained, work),
             "eager input x gradient": partial(input_x_gradient, work),
+            "plain forward": partial(plain_forward, work),
         }
         lines += [[work.name, side, *shares(call, options.repeats)] for side, call in sides.items()]
     publish("time_shares", HEADER, lines, options.out)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lrp_compiler import compile_for_lrp
+from lrp_compiler import LRPModule, compile_for_lrp
 
 CLASS = 3
 """The logit that is explained; the weights are random, and so is what it stands for."""
@@ -197,6 +197,19 @@ def encoder(depth: int) -> Workload:
     stack = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
     model = nn.Sequential(stack, nn.Flatten(), nn.Linear(64 * 256, 10)).eval()
     return Workload(f"{depth} layers", model, torch.randn(1, 256, 64), "0.layers.*")
+
+
+def plain_forward(work: Workload) -> object:
+    """The model's own call, without gradients."""
+    with torch.no_grad():
+        return work.model(work.x)
+
+
+def with_outputs(explained: LRPModule, work: Workload) -> object:
+    """Relevance of the input, and the model's outputs as well."""
+    with torch.no_grad():
+        _, tape = explained.run(work.x)
+        return tape.relevance(work.target)
 
 
 def input_x_gradient(work: Workload) -> Tensor:
