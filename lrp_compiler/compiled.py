@@ -18,10 +18,11 @@ from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.draws import draws_numbers
 from lrp_compiler.passes.errors import OutputError, ReferenceModeError
 from lrp_compiler.passes.pipeline import Stage, emit, explain
-from lrp_compiler.passes.program import Constant, Program, Reading, Request, facts, is_float
+from lrp_compiler.passes.program import Constant, Program, Reading, Request, facts, is_float, value_of
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.settings import Settings
 from lrp_compiler.passes.sizes import Size, SizeBinder, Sizes
+from lrp_compiler.passes.specialise import can_specialise
 from lrp_compiler.registry import with_rules
 from lrp_compiler.sites import SiteRef, readings_of, resolve_sites, site_table
 
@@ -30,13 +31,15 @@ from lrp_compiler.sites import SiteRef, readings_of, resolve_sites, site_table
 class ExplainedCall:
     """One kind of call with its composite and attributed inputs; code is made per request.
 
-    ``binder``, the captured call's, tells the sizes of a call.
+    ``binder``, the captured call's, tells the sizes of a call; ``prepared`` is what forward_requests made of requests.
     """
 
     stages: tuple[Stage, ...]
     binder: SizeBinder
     settings: Settings
     executables: dict[Request, tuple[tuple[Stage, ...], Executable]] = field(default_factory=dict)
+    specialised: dict[Request, bool] = field(default_factory=dict)
+    prepared: dict[Request, Request] = field(default_factory=dict)
 
     @property
     def program(self) -> Program:
@@ -46,6 +49,19 @@ class ExplainedCall:
     def is_random(self) -> bool:
         """Whether the forward pass draws random numbers."""
         return draws_numbers(self.program)
+
+    def can_specialise(self, request: Request) -> bool:
+        """Whether rows may be left out for a request; found out once, as every call asks."""
+        if request not in self.specialised:
+            self.specialised[request] = can_specialise(self.program, request)
+        return self.specialised[request]
+
+    @cached_property
+    def output_values(self) -> dict[int, Any]:
+        """The fake value of every output leaf that is a node, by leaf index."""
+        nodes = self.program.nodes_by_name()
+        leaves = enumerate(self.program.outputs)
+        return {index: value_of(nodes[leaf]) for index, leaf in leaves if not isinstance(leaf, Constant)}
 
     @cached_property
     def source_readings(self) -> tuple[tuple[str, Reading], ...]:

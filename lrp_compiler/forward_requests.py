@@ -42,10 +42,16 @@ def prepared_for_rows(compiler: Compiler, call: ExplainedCall, request: Request)
 
     Outputs of (batch, classes) have one row a sample.
     """
+    if request not in call.prepared:
+        call.prepared[request] = _prepared_for_rows(compiler, call, request)
+    return call.prepared[request]
+
+
+def _prepared_for_rows(compiler: Compiler, call: ExplainedCall, request: Request) -> Request:
     program = call.program
-    nodes = program.nodes_by_name()
-    has_rows = all(tensor_of(nodes[str(program.outputs[index])]).dim() > 2 for index in request.outputs)
+    has_rows = all(call.output_values[index].dim() > 2 for index in request.outputs)
     if not has_rows or compiler.options.reference or not can_specialise(program, request):
         return request
+    nodes = program.nodes_by_name()
     late = compiler.emitted(call, replace(one_row(program, request), keeps_outputs=True))[1]
     return replace(request, kept=tuple(name for name in late.saved if name in nodes))

@@ -11,7 +11,6 @@ from torch import Tensor
 from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild_output
 from lrp_compiler.passes.errors import OutputError
 from lrp_compiler.passes.program import Pick, Reading, Request
-from lrp_compiler.passes.specialise import can_specialise
 from lrp_compiler.recording import Question, Recording, Sites
 from lrp_compiler.seeds import Several, Target, reads_output, seeds_for, sparse_seeds
 from lrp_compiler.sites import Names, SiteRef
@@ -63,7 +62,7 @@ class Questions:
         return (
             not self.options.reference
             and self.options.verify == "off"
-            and can_specialise(self.call.program, request)
+            and self.call.can_specialise(request)
             and not torch.compiler.is_compiling()
         )
 

@@ -162,8 +162,7 @@ class Recording:
         """The output leaves, or what is of their shape, dtype and device while the forward pass has not made them."""
         if not self.is_waiting:
             return self.outputs()
-        nodes = self.program.nodes_by_name()
-        fakes = {index: nodes[str(self.program.outputs[index])].meta["val"] for index in self._tensor_leaves()}
+        fakes = self._call.output_values
         return {index: self._of_fake(fake) for index, fake in fakes.items() if isinstance(fake, Tensor)}
 
     def _of_fake(self, fake: Tensor) -> Tensor:
