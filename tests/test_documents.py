@@ -30,14 +30,13 @@ def test_the_code_of_the_readme_runs() -> None:
         REGISTRY.remove(torch.ops.aten.special_i1e)
 
 
-def test_the_readme_quotes_the_measured_costs() -> None:
-    assert (ROOT / "bench/results/cpu-2-cores/cost.md").read_text(encoding="utf-8").strip() in README
-
-
-def test_the_readme_quotes_the_measured_memory() -> None:
-    measured = (ROOT / "bench/results/cpu-2-cores/memory.md").read_text(encoding="utf-8").splitlines()
-    section = README.split("## Memory\n")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
+@pytest.mark.parametrize(
+    ("section", "results"), [("Cost", "peers.md"), ("Memory", "memory.md"), ("Precision", "precision.md")]
+)
+def test_the_readme_quotes_what_was_measured(section: str, results: str) -> None:
+    measured = (ROOT / "bench/results/cpu-2-cores" / results).read_text(encoding="utf-8").splitlines()
+    text = README.split(f"## {section}\n")[1].split("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) > 8 and set(rows) <= set(measured)
 
 
