@@ -218,6 +218,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write_all(folder: Path, where: str, tables: list[str], rows: list[Row]) -> None:
+    """What there is so far as tables and as a file for spreadsheets."""
+    asked = shlex.join(["python", "bench/throughput.py", *sys.argv[1:]])
+    write(folder / "throughput.md", TEXT.format(command=asked, machine=where, tables="\n\n".join(tables)))
+    names = ("machine", *(field.name for field in fields(Row)))
+    write_csv(folder / "throughput.csv", names, ((where, *astuple(row)) for row in rows))
+
+
 def main() -> None:
     """Check, measure, print, and write files if asked to."""
     options, where = parse(), machine(transformers=transformers.__version__)
@@ -232,12 +240,8 @@ def main() -> None:
         title = f"{found[0].model}, batch {batch}"
         show(f"{title}, {where}", HEADER, map(cells, found))
         tables.append(f"## {title}\n\n{markdown(HEADER, map(cells, found))}")
-    if options.out and rows:
-        asked = shlex.join(["python", "bench/throughput.py", *sys.argv[1:]])
-        text = TEXT.format(command=asked, machine=where, tables="\n\n".join(tables))
-        write(options.out / "throughput.md", text)
-        names = ("machine", *(field.name for field in fields(Row)))
-        write_csv(options.out / "throughput.csv", names, ((where, *astuple(row)) for row in rows))
+        if options.out:
+            write_all(options.out, where, tables, rows)
     sys.exit("\n".join(red) or 0)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -25,7 +24,7 @@ from lrp_compiler.random_numbers import RandomNumbers, devices_of, draws_repeate
 from lrp_compiler.side_by_side import targets_side_by_side
 
 _MAPPING = threading.Lock()
-"""Filters of warnings belong to the process; two threads that change them at once would not put them back."""
+"""Whether torch warns of ops that it maps one by one is a setting of the process; threads change it in turns."""
 
 _CHANGES = attrgetter("_version")
 
@@ -329,11 +328,21 @@ def _mapped(code: Callable[..., Any], values: list[Tensor], mapped: list[bool], 
         *(0 for _ in seeds),
         *(None for _ in masks),
     )
-    with _MAPPING, warnings.catch_warnings():
-        # Ops without a batching rule (CPU flash attention) run once per target; the result is the same.
-        warnings.filterwarnings("ignore", message=".*batching rule.*")
+    with _MAPPING, _without_fallback_warnings():
         # What the forward pass drew and relevance draws again is the same for all targets.
         return torch.vmap(code, in_dims=in_dims, randomness="same")(*values, *seeds, *masks)
+
+
+@contextmanager
+def _without_fallback_warnings() -> Iterator[None]:
+    """Ops without a batching rule (CPU flash attention) run once per target; the result is the same."""
+    warn = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+    warn(False)
+    try:
+        yield
+    finally:
+        # Torch's default: it does not tell what was set.
+        warn(True)
 
 
 def _run_forward(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+import zoo
 from torch import nn
 
 from lrp_compiler import Tape, compile_for_lrp, side_by_side
@@ -49,3 +51,16 @@ def test_a_chunk_is_what_the_plan_says_fits(monkeypatch: pytest.MonkeyPatch) -> 
     found = kept.relevance_of_each([0, 1, 2])
     assert mapped == [3, 1, 1, 1]
     torch.testing.assert_close(found, expected)
+
+
+def test_attention_that_torch_maps_one_by_one_is_no_warning(capfd: pytest.CaptureFixture[str]) -> None:
+    """Torch writes such warnings past python, to the process's own stderr; outside of our calls it still does."""
+    case, shared = zoo.shared("vit")
+    _, kept = shared.run(*case.args, **case.kwargs)
+    kept.relevance_of_each([0, 1])
+    assert "batching rule" not in capfd.readouterr().err
+    query = torch.randn(2, 1, 2, 4, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.vmap(lambda q: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0])(query)
+    assert "batching rule" in capfd.readouterr().err
