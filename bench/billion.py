@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import gc
 import time
+from pathlib import Path
 
 import torch
 import transformers
-from harness import machine, show
+from harness import machine, markdown, show, write
 from peer_worker import kilobytes, synchronise
 from published import llama_1b_config
 from workloads import Workload, of_tokens
@@ -50,8 +51,9 @@ def unaccounted(module: LRPModule, work: Workload) -> float:
     return abs(ledger.gap) / abs(ledger.seed)
 
 
-def run(sizes: list[int], device: torch.device) -> None:
-    """Explain a token of a sequence of each length, and print what it took."""
+def run(sizes: list[int], device: torch.device, folder: Path | None = None) -> None:
+    """Explain a token of a sequence of each length; print what it took, and write it to billion.md in a folder."""
+    where = f"Llama-3.2-1B sizes, random weights, bfloat16, {machine(device)}"
     lines = []
     for tokens in sizes:
         work = built(tokens, device)
@@ -64,4 +66,6 @@ def run(sizes: list[int], device: torch.device) -> None:
         print(" | ".join(lines[-1]), flush=True)
         del work, module
         gc.collect()
-    show(f"Llama-3.2-1B sizes, random weights, bfloat16, {machine(device)}", HEADER, lines)
+    show(where, HEADER, lines)
+    if folder:
+        write(folder / "billion.md", f"{markdown(HEADER, lines)}\n\n{where}\n")

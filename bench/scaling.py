@@ -243,7 +243,7 @@ def main() -> None:
     options = parse()
     transformers.utils.logging.set_verbosity_error()
     if options.billion is not None:
-        billion.run(options.billion or [128, 512], options.device)
+        billion.run(options.billion or [128, 512], options.device, options.out)
         return
     found: list[Point] = []
     where = machine(options.device, transformers=transformers.__version__)
