@@ -65,7 +65,7 @@ class Casts:
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         if node.target is either:
             return self.again(node, {one: self.of(one, dtype) for one in node.all_input_nodes}, dtype)
-        if _names_dtype(node) and (node.target in UNPACKERS or not node.all_input_nodes):
+        if names_dtype(node) and (node.target in UNPACKERS or not node.all_input_nodes):
             return self.again(node, {}, dtype)
         source = self.whole(node)
         if source is not None:
@@ -159,7 +159,7 @@ def rename_dtypes(node: fx.Node, dtypes: Callable[[torch.dtype], torch.dtype]) -
     node.kwargs = dict(map_aggregate(node.kwargs, renamed))
 
 
-def _names_dtype(node: fx.Node) -> bool:
+def names_dtype(node: fx.Node) -> bool:
     """Whether an op is told the dtype of what it makes."""
     return any(isinstance(leaf, torch.dtype) for leaf in pytree.tree_leaves((node.args, node.kwargs)))
 

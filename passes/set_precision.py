@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.kernels.registry import spec_of
 from lrp_compiler.passes.branches import Branches
-from lrp_compiler.passes.casting import Casts, rename_dtypes
+from lrp_compiler.passes.casting import Casts, names_dtype, rename_dtypes
 from lrp_compiler.passes.deferral import GENERATOR_READERS, drop_dead_nodes
 from lrp_compiler.passes.optable import aten_names, schema_name
 from lrp_compiler.passes.packing import PACKERS
@@ -107,7 +107,7 @@ class _Setter:
             return False
         if all(self.precision.of(dtype).itemsize >= dtype.itemsize for dtype in found):
             # An op of integers alone makes floats of the default dtype unless it is told one.
-            return bool(node.all_input_nodes) or any(isinstance(leaf, torch.dtype) for leaf in _leaves(node))
+            return bool(node.all_input_nodes) or names_dtype(node)
         return node in self.seeded and node not in self.read_out and len(found) == 1 and self.is_narrowed(node)
 
     def values(self, node: fx.Node) -> list[torch.Tensor]:
@@ -169,7 +169,3 @@ def _statistics(node: fx.Node) -> set[fx.Node]:
     arguments = node.target._schema.arguments  # type: ignore[union-attr]
     named = {argument.name: given for argument, given in zip(arguments, node.args, strict=False)} | node.kwargs
     return {given for name in names if isinstance(given := named.get(name), fx.Node)}
-
-
-def _leaves(node: fx.Node) -> list[Any]:
-    return pytree.tree_leaves((node.args, node.kwargs))
