@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.given_call import GivenCall
+from lrp_compiler.heap import keep_freed_memory
 from lrp_compiler.live_model import LiveModel, ModelState
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
@@ -352,6 +353,7 @@ def _capture(
     dynamic: frozenset[tuple[int, int]] = frozenset(),
 ) -> CapturedCall:
     """Trace a call; the result serves both grad modes unless the model's attention tells them apart."""
+    keep_freed_memory()
     grad_enabled = torch.is_grad_enabled()
     stages = capture_call(model, args, kwargs, kept, grad_enabled, dynamic)
     modes = {grad_enabled} if depends_on_grad_mode(stages) else {False, True}

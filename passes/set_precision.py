@@ -31,17 +31,19 @@ NARROWED = VIEWS | aten_names(
     " conv_transpose2d conv_transpose3d sum mean cat stack pad constant_pad_nd slice_backward select_backward reshape"
     " flatten contiguous clone pixel_shuffle pixel_unshuffle channel_shuffle roll flip repeat index_select"
     " avg_pool2d_backward avg_pool3d_backward _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward"
-    " _softmax_backward_data native_layer_norm_backward _scaled_dot_product_flash_attention_for_cpu_backward"
-    " _scaled_dot_product_flash_attention_backward _scaled_dot_product_efficient_attention_backward"
-    " new_zeros zeros_like"
+    " _softmax_backward_data native_layer_norm_backward _scaled_dot_product_flash_attention_backward"
+    " _scaled_dot_product_efficient_attention_backward new_zeros zeros_like"
 )
 """Ops beside the pointwise ones and the kernels that compute in a narrower dtype: they add up in float32 inside."""
+
+ROUNDED = aten_names("_scaled_dot_product_flash_attention_for_cpu_backward")
+"""Ops that take longer in a narrower dtype (up to four times): what they read is stored in it, and widened for them."""
 
 READING = VIEWS | aten_names("sum reshape flatten")
 """Ops beside the pointwise ones that results are read off with, of which one addition or product each is rounded."""
 
 STATISTICS: dict[str, frozenset[str]] = {
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": frozenset({"logsumexp"}),
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": frozenset({"logsumexp", "attn_mask"}),
     "aten::_scaled_dot_product_flash_attention_backward": frozenset({"logsumexp"}),
     "aten::_scaled_dot_product_efficient_attention_backward": frozenset({"logsumexp"}),
     "aten::native_layer_norm_backward": frozenset({"mean", "rstd", "weight", "bias"}),
@@ -84,12 +86,15 @@ class _Setter:
             node.meta["val"] = value_of(first_argument(node))[node.args[1]]
             return
         changes = self.changes(node)
-        kept = _statistics(node) if changes else set()
+        is_rounded = not changes and self.is_rounded(node)
+        kept = _statistics(node) if changes or is_rounded else set()
 
         def given(operand: fx.Node) -> fx.Node:
             known = self.before[operand]
             if not isinstance(known, torch.Tensor):
                 return operand
+            if is_rounded and operand not in kept:
+                return self.casts.of(self.casts.of(operand, self.precision.of(known.dtype)), known.dtype)
             wanted = self.precision.of(known.dtype) if changes else known.dtype
             return self.casts.of(operand, torch.promote_types(known.dtype, wanted) if operand in kept else wanted)
 
@@ -109,6 +114,12 @@ class _Setter:
             # An op of integers alone makes floats of the default dtype unless it is told one.
             return bool(node.all_input_nodes) or names_dtype(node)
         return node in self.seeded and node not in self.read_out and len(found) == 1 and self.is_narrowed(node)
+
+    def is_rounded(self, node: fx.Node) -> bool:
+        """Whether an op computes in the model's dtype on values that were narrow before."""
+        found = {value.dtype for value in self.values(node) if value.dtype in ADJUSTED}
+        is_narrower = all(self.precision.of(dtype).itemsize < dtype.itemsize for dtype in found)
+        return is_narrower and node in self.seeded and schema_name(node.target) in ROUNDED
 
     def values(self, node: fx.Node) -> list[torch.Tensor]:
         """The tensors that an op reads and makes, as they were before this pass."""

@@ -35,10 +35,11 @@ IN_PLACE: dict[Any, Any] = {
 """Elementwise op -> the same that writes to its first argument; both run one kernel, so that the bits are the same."""
 COMMUTATIVE = frozenset({aten.mul.Tensor, aten.add.Tensor})
 
-IN_PLACE_FORWARD: dict[Any, Any] = {aten.relu.default: aten.relu_.default}
-"""The same for the forward pass: ops whose derivative reads what they make, as theirs alone may overwrite the operand.
-"""
-OVERWRITABLE = aten_names("conv1d conv2d conv3d convolution linear addmm mm matmul bmm add sub native_batch_norm")
+IN_PLACE_FORWARD: dict[Any, Any] = {**IN_PLACE, aten.relu.default: aten.relu_.default}
+"""The same for the forward pass. Their derivatives read what they make, or else autograd copies what they overwrite."""
+OVERWRITABLE = aten_names(
+    "conv1d conv2d conv3d convolution linear addmm mm matmul bmm add sub mul neg erfc native_batch_norm"
+)
 """Ops whose derivative does not read what they make."""
 
 
@@ -52,15 +53,16 @@ def share_memory(program: Program) -> Program:
 
 def _forward_shared(program: Program) -> fx.Graph:
     graph = copy_graph(program.graph)
-    roots = roots_of(graph)
-    last = last_reads(graph, roots)
-    for place, node in enumerate(graph.nodes):
-        if node.target not in IN_PLACE_FORWARD:
+    for node in graph.nodes:
+        operands = node.all_input_nodes
+        # Tensors beside it may be mapped over by torch.func where the operand is not.
+        if node.target not in IN_PLACE_FORWARD or len(operands) != 1 or node.args.count(operands[0]) != 1:
             continue
-        operand = first_argument(node)
+        (operand,) = operands
         made = first_argument(operand) if operand.target is operator.getitem else operand
-        is_free = roots[operand] is operand and last[operand] == place and schema_name(made.target) in OVERWRITABLE
-        if is_free and _fits(operand, operand, node):
+        # Another reader may have kept the operand for its derivative.
+        is_free = list(operand.users) == [node] and schema_name(made.target).removesuffix("_") in OVERWRITABLE
+        if is_free and node.args[0] is operand and _fits(operand, operand, node):
             node.target = IN_PLACE_FORWARD[node.target]
     return graph
 

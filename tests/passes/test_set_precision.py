@@ -226,6 +226,29 @@ def test_what_is_kept_for_relevance_takes_half_the_memory() -> None:
     assert left[0] < 0.7 * left[1]
 
 
+def test_attention_on_cpu_widens_what_is_stored_narrow() -> None:
+    """Its fused backward is slower in bfloat16 than in float32; the buffers it reads stay half as large."""
+    case, shared = zoo.shared("vit")
+    module = compile_for_lrp(shared, "attnlrp", relevance_dtype=torch.bfloat16)
+    program = module.stages(*case.args, **case.kwargs)[-1].program
+    assert program.relevance_graph is not None
+    calls = [node for node in program.relevance_graph.nodes if node.op == "call_function"]
+    fused = [node for node in calls if "flash_attention" in str(node.target)]
+    assert fused
+    for node in fused:
+        read = [value_of(operand) for operand in node.all_input_nodes]
+        assert {value.dtype for value in read} == {torch.float32}
+        edge_and_operands = node.all_input_nodes[:5]
+        assert {value_of(_narrow(operand)).dtype for operand in edge_and_operands} == {torch.bfloat16}
+
+
+def _narrow(node: Any) -> Any:
+    """What a value was before it was shown otherwise and widened."""
+    while value_of(node).dtype == torch.float32 and node.op == "call_function":
+        node = node.all_input_nodes[0]
+    return node
+
+
 def test_a_transposed_weight_is_cast_once() -> None:
     """Two ops that show the same parameter read one cast of it."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lrp_compiler import compile_for_lrp
 
@@ -52,3 +53,33 @@ def test_a_relu_overwrites_what_ends_with_it(name: str) -> None:
     torch.testing.assert_close(*twice)
     ours, theirs = (torch.autograd.grad(value.square().sum(), weight)[0] for value in (output, expected))
     torch.testing.assert_close(ours, theirs)
+
+
+def test_what_another_op_keeps_for_its_derivative_is_not_overwritten() -> None:
+    """In bfloat16 gates are made by the forward pass, so that a GELU's argument is not read by relevance."""
+    model, x = Reading(lambda h: F.gelu(h) + torch.relu(h)), torch.randn(4, 5, requires_grad=True)
+    output, tape = compile_for_lrp(model, "epsilon", relevance_dtype=torch.bfloat16).run(x)
+    tape.relevance(1)
+    (found,) = torch.autograd.grad(output.square().sum(), x)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert torch.equal(found, expected)
+
+
+def test_gates_that_the_forward_pass_makes_take_one_buffer() -> None:
+    model, x = Reading(F.gelu), torch.randn(4, 5, requires_grad=True)
+    explained = compile_for_lrp(model, "attnlrp", relevance_dtype=torch.bfloat16)
+    stage = next(stage for stage in explained.stages(x) if stage.name == "share_memory")
+    made = [node.target for node in stage.program.graph.nodes if node.name.startswith("gelu_")]
+    assert made == [aten.mul.Tensor, aten.erfc_.default, aten.mul_.Tensor, aten._to_copy.default]
+    output, _ = explained.run(x)
+    assert torch.equal(output, model(x))
+    ours, theirs = (torch.autograd.grad(value.square().sum(), x)[0] for value in (output, model(x)))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_model_that_computes_in_place_can_be_mapped_over() -> None:
+    model, x = Reading(lambda h: torch.sigmoid(h * 0.5)), torch.randn(3, 4, 5)
+    explained = compile_for_lrp(model, "epsilon")
+    stage = next(stage for stage in explained.stages(x[0]) if stage.name == "share_memory")
+    assert aten.mul_.Tensor in {node.target for node in stage.program.graph.nodes}
+    torch.testing.assert_close(torch.func.vmap(explained)(x), torch.func.vmap(model)(x))
