@@ -42,13 +42,13 @@ kernel-table: $(VENV)/test.installed
 bench: $(VENV)/bench.installed
 	PYTHONSAFEPATH= $(BIN)/python bench/peers.py --out bench/results $(BENCH)
 
-# Many targets of one input in one call, and cost against size; into bench/results/cpu-<cores>-cores/.
+# Many targets of one input in one call, and cost against size; into bench/results/<machine>/.
 # make scaling SCALING="--axes tokens" for a part, make throughput THROUGHPUT="--models vit" likewise.
 throughput: $(VENV)/bench.installed
-	PYTHONSAFEPATH= $(BIN)/python bench/throughput.py --out bench/results/cpu-$$(nproc)-cores $(THROUGHPUT)
+	PYTHONSAFEPATH= $(BIN)/python bench/throughput.py --out bench/results $(THROUGHPUT)
 
 scaling: $(VENV)/bench.installed
-	PYTHONSAFEPATH= $(BIN)/python bench/scaling.py --out bench/results/cpu-$$(nproc)-cores $(SCALING)
+	PYTHONSAFEPATH= $(BIN)/python bench/scaling.py --out bench/results $(SCALING)
 
 # Under eight minutes, on the python at hand: a machine with a GPU may have torch and triton but no internet.
 # make gpu RESULTS=folder writes there instead of to bench/results/<name of the GPU>.

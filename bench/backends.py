@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import command, in_turns, machine, markdown, show, write, write_csv
+from harness import command, in_turns, machine, markdown, of_this_machine, show, write, write_csv
 from workloads import ENTRIES
 
 from lrp_compiler import compile_for_lrp
@@ -74,7 +74,9 @@ def rows(model: str, options: Any) -> list[list[str]]:
 
 def main() -> None:
     """Measure, print, and write files if asked."""
-    parser = command(__doc__, "also write backends.csv and backends.md into this folder")
+    parser = command(
+        __doc__, "also write backends.csv and backends.md into a folder of this machine's in here", of_this_machine
+    )
     parser.add_argument("--models", nargs="+", choices=ENTRIES, default=["llama", "gpt2", "vit", "resnet"])
     parser.add_argument("--composite", default="attnlrp")
     parser.add_argument("--repeats", type=int, default=9)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from harness import command, machine, markdown, write
+from harness import command, machine, markdown, of_this_machine, write
 from published import THE_15
 from torch import Tensor, nn
 
@@ -140,7 +140,7 @@ def where() -> str:
 
 TEXT = """# Compile time
 
-Written by `python bench/compile_time.py --out bench/results/cpu-2-cores`. {machine}.
+Written by `python bench/compile_time.py --out bench/results`. {machine}.
 
 Processor milliseconds per pass, with the verification of what it made, for chains of a residual block; nodes are
 forward ops. Capture is `torch.export`. The exponent p fits time ~ nodes^p over all sizes; a single figure that stands
@@ -158,7 +158,7 @@ Wall time depends on what else the machine does, processor time less so.
 
 def main() -> None:
     """Measure, and print or write the tables."""
-    parser = command(__doc__, "write compile_time.md into this folder")
+    parser = command(__doc__, "write compile_time.md into a folder of this machine's in here", of_this_machine)
     parser.add_argument("--nodes", type=int, nargs="+", default=list(SIZES), help="sizes of the chains")
     options = parser.parse_args()
     # First, before the long chains fill the memory that each full garbage collection looks through.

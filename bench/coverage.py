@@ -240,7 +240,7 @@ more for relevance. Kept is what saved and compressed ones take.
 
 From the call to both functions ready, after the imports, in one process; the first model pays for what torch imports
 late. Capture is `torch.export`; each pass's time includes the check of what it made. A state-space model is unrolled
-over its {tokens}. How time grows with the network is in `cpu-2-cores/compile_time.md`.
+over its {tokens}. How time grows with the network is in `amd-epyc-2-cores/compile_time.md`.
 """
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import command, machine, markdown, write
+from harness import command, machine, machine_folder, markdown, write
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("triton", "numpy", "networkx", "pytest", "hypothesis", "rich", "matplotlib")
@@ -146,8 +145,7 @@ def main() -> int:
     if lacking := missing():
         print(f"make gpu needs {', '.join(lacking)} in {sys.executable}; nothing was run.", file=sys.stderr)
         return 2
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    folder = chosen.out or ROOT / "bench/results" / name
+    folder = chosen.out or ROOT / "bench/results" / machine_folder("cuda")
     folder.mkdir(parents=True, exist_ok=True)
     made = all_steps(chosen.minutes, folder)
     table = markdown(("step", "outcome", "s"), ([step.name, step.outcome, f"{step.seconds:.0f}"] for step in made))

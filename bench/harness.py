@@ -7,6 +7,7 @@ import contextlib
 import csv
 import math
 import platform
+import re
 import statistics
 import sys
 import time
@@ -73,14 +74,37 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), low, high
 
 
-def machine(device: torch.device | None = None, **versions: str) -> str:
-    """What the numbers were measured on: ``device`` if it is a GPU, else processor and threads; software beside it."""
-    cpu = platform.processor() or platform.machine()
+def processor() -> str:
+    """The name of the CPU."""
+    found = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+        found = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), found)
+    return found
+
+
+def machine_folder(device: str = "cpu", threads: int | None = None) -> str:
+    """The name of the folder for results of this machine: of its GPU, or of its processor and the threads in use."""
+    if device != "cpu":
+        return as_folder(torch.cuda.get_device_name())
+    cores = torch.get_num_threads() if threads is None else threads
+    return as_folder(f"{re.sub(r'[(](R|TM)[)]', '', processor())} {cores} cores")
+
+
+def as_folder(name: str) -> str:
+    """A device's name in letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def of_this_machine(folder: str) -> Path:
+    """This machine's folder in a folder of results."""
+    return Path(folder) / machine_folder()
+
+
+def machine(device: torch.device | None = None, **versions: str) -> str:
+    """What the numbers were measured on: ``device`` if it is a GPU, else processor and threads; software beside it."""
     threads = f"{torch.get_num_threads()} threads"
-    where = [torch.cuda.get_device_name(device)] if device and device.type == "cuda" else [cpu, threads]
+    where = [torch.cuda.get_device_name(device)] if device and device.type == "cuda" else [processor(), threads]
     software = {"torch": torch.__version__, **versions}
     return ", ".join([*where, *(f"{name} {version}" for name, version in software.items())])
 
@@ -123,9 +147,9 @@ def publish(stem: str, header: Sequence[str], rows: Sequence[Sequence[str]], fol
         write_csv(folder / f"{stem}.csv", ("machine", *header), ([where, *row] for row in rows))
 
 
-def command(description: str | None, out: str = "") -> argparse.ArgumentParser:
-    """The parser of a benchmark's command line, with ``--out`` for what ``out`` says."""
+def command(description: str | None, out: str = "", kind: Callable[[str], Path] = Path) -> argparse.ArgumentParser:
+    """The parser of a benchmark's command line, with ``--out`` for what ``out`` says, read by ``kind``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if out:
-        parser.add_argument("--out", type=Path, help=out)
+        parser.add_argument("--out", type=kind, help=out)
     return parser

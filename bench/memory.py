@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from harness import command, in_turns, machine, markdown, show, write, write_csv
+from harness import command, in_turns, machine, markdown, of_this_machine, show, write, write_csv
 from torch import Tensor
 from workloads import Workload, encoder, gpt2, input_x_gradient, resnet, vit
 
@@ -149,7 +149,9 @@ Encoder layers of width 64 on 256 tokens.
 
 def main() -> None:
     """Measure, print, and write results if asked to."""
-    parser = command(__doc__, "also write memory.csv and memory.md into this folder")
+    parser = command(
+        __doc__, "also write memory.csv and memory.md into a folder of this machine's in here", of_this_machine
+    )
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from harness import command, in_turns, machine, markdown, show, spread, write, write_csv
+from harness import command, in_turns, machine, markdown, of_this_machine, show, spread, write, write_csv
 from torch import Tensor, nn
 from workloads import Logits
 
@@ -205,7 +205,11 @@ def code_row(tiny: Tiny, name: str, code: Code, least: float) -> list[str]:
 
 def main() -> None:
     """Measure, print, and write files if asked."""
-    parser = command(__doc__, "also write overhead.csv, overhead_code.csv and overhead.md into this folder")
+    parser = command(
+        __doc__,
+        "also write overhead.csv, overhead_code.csv and overhead.md into a folder of this machine's in here",
+        of_this_machine,
+    )
     parser.add_argument("--repeats", type=int, default=101)
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -168,6 +168,12 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     FigureCanvasAgg(page).print_png(str(path))
 
 
+def stem(batch: int, dtype: str) -> str:
+    """The name of the files for one batch size and dtype of relevance."""
+    parts = ["peers", f"batch-{batch}" if batch > 1 else "", dtype if dtype != "fp32" else ""]
+    return "-".join(part for part in parts if part)
+
+
 def write_all(folder: Path, stem: str, rows: Sequence[Row], machine: str, text: str) -> None:
     """The CSV, the document and the plot, all of the same name."""
     names = [field.name for field in fields(Row)]

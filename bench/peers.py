@@ -10,8 +10,9 @@ groups, each with both bars in it. On CPU, and on a GPU where there is one. Rand
 zennit, LXT and Captum come with the extra [bench] (see CONTRIBUTING.md); one that is missing is named and left out. The
 published engine of DynamicLRP is compared where ``--dynamic-lrp`` points at a checkout.
 
-With ``--out``, results go to FOLDER/<machine>/: peers.csv, the tables in peers.md, peers.png; with ``--dtype bf16``,
-which has ours compute relevance in bfloat16 and leaves everybody else as it is, to peers-bf16 of each.
+With ``--out``, results go to FOLDER/<machine>/: peers.csv, the tables in peers.md, peers.png; of batch size 8 to
+peers-batch-8 of each, and with ``--dtype bf16``, which has ours compute relevance in bfloat16 and leaves everybody else
+as it is, to peers-bf16.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib.metadata
-import re
 import shlex
 import sys
 import tempfile
@@ -28,9 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from harness import DTYPES, command, machine, show
+from harness import DTYPES, command, machine, machine_folder, show
 from peer_comparison import BARS, Case, Comparison, applying
-from peer_report import HEADER, Row, cells, rows_of, text_of, write_all
+from peer_report import HEADER, Row, cells, rows_of, stem, text_of, write_all
 from providers.registry import PROVIDERS
 from workloads import COMPARED, ENTRIES
 
@@ -81,41 +81,30 @@ def software(device: str) -> str:
     return machine(torch.device(device), **found)
 
 
-def machine_folder(device: str, threads: int) -> str:
-    """The name of this machine's folder of results."""
-    if device == "cpu":
-        return f"cpu-{threads}-cores"
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-
-
 def every_device(options: argparse.Namespace) -> bool:
-    """Compare everything on every device, and write down what there is after each model."""
+    """Compare everything on every device."""
     # The workers' number, which the machine's line tells.
     torch.set_num_threads(options.threads)
-    is_green = True
-    for device in options.device:
-        report, where = Report(), software(device)
-        for batch in options.batch:
-            for key in options.models:
-                entry, limits = ENTRIES[key], (options.threads, options.dtype, options.dynamic_lrp, options.patience)
-                before = len(report.rows)
-                is_green = compare(Case(entry, batch, device, *limits), options, report) and is_green
-                new = report.rows[before:]
-                if new:
-                    show(f"{new[0].model}, batch {batch}, {where}", HEADER, map(cells, new))
-                if options.out and report.rows:
-                    asked = shlex.join(["python", "bench/peers.py", *sys.argv[1:]])
-                    text = text_of(report.rows, asked, where, options.dtype, report.gate, report.left_out)
-                    folder = options.out / machine_folder(device, options.threads)
-                    write_all(
-                        folder,
-                        "peers" if options.dtype == "fp32" else f"peers-{options.dtype}",
-                        report.rows,
-                        where,
-                        text,
-                    )
-        for line in report.left_out:
-            print(f"left out: {line}")
+    return all([every_model(device, batch, options) for device in options.device for batch in options.batch])
+
+
+def every_model(device: str, batch: int, options: argparse.Namespace) -> bool:
+    """Compare the models at one batch size, and write down what there is after each."""
+    report, where, is_green = Report(), software(device), True
+    asked = shlex.join(["python", "bench/peers.py", *sys.argv[1:]])
+    for key in options.models:
+        entry, limits = ENTRIES[key], (options.threads, options.dtype, options.dynamic_lrp, options.patience)
+        before = len(report.rows)
+        is_green = compare(Case(entry, batch, device, *limits), options, report) and is_green
+        new = report.rows[before:]
+        if new:
+            show(f"{new[0].model}, batch {batch}, {where}", HEADER, map(cells, new))
+        if options.out and report.rows:
+            text = text_of(report.rows, asked, where, options.dtype, report.gate, report.left_out)
+            folder = options.out / machine_folder(device, options.threads)
+            write_all(folder, stem(batch, options.dtype), report.rows, where, text)
+    for line in report.left_out:
+        print(f"left out: {line}")
     return is_green
 
 

@@ -13,7 +13,7 @@ import statistics
 from functools import partial
 
 import torch
-from harness import command, in_turns, publish, spread
+from harness import command, in_turns, of_this_machine, publish, spread
 from workloads import TIMED, Workload, input_x_gradient, timed
 
 from lrp_compiler import compile_for_lrp
@@ -49,7 +49,9 @@ def rows(work: Workload, repeats: int) -> list[list[str]]:
 
 def main() -> None:
     """Measure, print, and write files if asked."""
-    parser = command(__doc__, "also write precision.csv and precision.md into this folder")
+    parser = command(
+        __doc__, "also write precision.csv and precision.md into a folder of this machine's in here", of_this_machine
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--models", nargs="+", choices=list(TIMED), default=list(TIMED))
     options = parser.parse_args()

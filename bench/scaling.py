@@ -26,7 +26,7 @@ import billion
 import torch
 import transformers
 from compile_time import exponent
-from harness import command, machine, markdown, measured_in_turns, show, spread, write, write_csv
+from harness import command, machine, machine_folder, markdown, measured_in_turns, show, spread, write, write_csv
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from peer_worker import milliseconds
@@ -223,7 +223,7 @@ def write_all(folder: Path, found: Sequence[Point], where: str) -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = command(__doc__, "write scaling.csv, scaling.md and scaling.png into this folder")
+    parser = command(__doc__, "write scaling.csv, scaling.md and scaling.png into a folder of this machine's in here")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     for axis in AXES:
         parser.add_argument(f"--{axis}", type=int, nargs="+", help=f"values of this axis; by default {AXES[axis]}")
@@ -232,6 +232,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--billion", type=int, nargs="*", metavar="TOKENS", help="by default 128 and 512 tokens")
     options = parser.parse_args()
+    if options.out:
+        options.out /= machine_folder(options.device.type)
     values = AXES | (ON_CUDA if options.device.type == "cuda" else {})
     for axis, usual in values.items():
         setattr(options, axis, getattr(options, axis) or list(usual))

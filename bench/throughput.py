@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from harness import command, machine, markdown, measured_in_turns, show, spread, write, write_csv
+from harness import command, machine, markdown, measured_in_turns, of_this_machine, show, spread, write, write_csv
 from peer_comparison import Case, Comparison, applying
 from peer_worker import milliseconds
 from providers.bars import INPUT_X_GRADIENT
@@ -206,7 +206,9 @@ timed. Milliseconds and maps are per sample; the ratio is to eager input x gradi
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = command(__doc__, "write throughput.csv and throughput.md into this folder")
+    parser = command(
+        __doc__, "write throughput.csv and throughput.md into a folder of this machine's in here", of_this_machine
+    )
     parser.add_argument("--models", nargs="+", choices=ENTRIES, default=list(MODELS))
     parser.add_argument("--maps", type=int, default=32, help="targets of each input")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from harness import command, publish
+from harness import command, of_this_machine, publish
 from torch.profiler import ProfilerActivity, profile
 from workloads import TIMED, input_x_gradient, plain_forward, timed, with_outputs
 
@@ -62,7 +62,11 @@ def shares(call: Callable[[], object], repeats: int) -> list[str]:
 
 def main() -> None:
     """Measure, print, and write files if asked."""
-    parser = command(__doc__, "also write time_shares.csv and time_shares.md into this folder")
+    parser = command(
+        __doc__,
+        "also write time_shares.csv and time_shares.md into a folder of this machine's in here",
+        of_this_machine,
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=list(TIMED), default=list(TIMED))
     options = parser.parse_args()

@@ -269,5 +269,22 @@ def test_the_command_runs(tmp_path: Path) -> None:
     options = ["--device", "cpu", "--threads", "1", "--out", str(tmp_path), "--providers", "ours, epsilon"]
     done = subprocess.run([*asked, *options], check=False, capture_output=True, text=True, env=environ)
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "cpu-1-cores" / "peers.csv").read_text(encoding="utf-8").splitlines()) == 4
-    assert "## tiny CNN, batch 1, cpu" in (tmp_path / "cpu-1-cores" / "peers.md").read_text(encoding="utf-8")
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith("-1-cores")
+    assert len((folder / "peers.csv").read_text(encoding="utf-8").splitlines()) == 4
+    assert "## tiny CNN, batch 1, cpu" in (folder / "peers.md").read_text(encoding="utf-8")
+
+
+def test_every_machine_batch_size_and_dtype_has_files_of_its_own(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(harness, "processor", lambda: "Intel(R) Xeon(R) Platinum 8488C")
+    assert harness.machine_folder("cpu", 2) == "intel-xeon-platinum-8488c-2-cores"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert harness.machine_folder("cuda") == "nvidia-h100-80gb-hbm3"
+    names = [
+        importlib.import_module("peer_report").stem(batch, dtype)
+        for batch, dtype in ((1, "fp32"), (8, "fp32"), (1, "bf16"), (8, "bf16"))
+    ]
+    assert names == ["peers", "peers-batch-8", "peers-bf16", "peers-batch-8-bf16"]
