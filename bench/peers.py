@@ -85,7 +85,8 @@ def every_device(options: argparse.Namespace) -> bool:
     """Compare everything on every device."""
     # The workers' number, which the machine's line tells.
     torch.set_num_threads(options.threads)
-    return all([every_model(device, batch, options) for device in options.device for batch in options.batch])
+    green = [every_model(device, batch, options) for device in options.device for batch in options.batch]
+    return all(green)
 
 
 def every_model(device: str, batch: int, options: argparse.Namespace) -> bool:
