@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import attrgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.guards import TensorGuards
+from torch._C._dynamo.guards import TensorGuards, dict_version
 
 from lrp_compiler.hooks import KINDS, refuse_global_hooks, refuse_hooks
 from lrp_compiler.passes.cast_explicitly import without_autocast
@@ -25,8 +25,9 @@ Contents = dict[str, Any]
 ATTRIBUTES = attrgetter("shape", "dtype", "device", "requires_grad")
 """What code depends on of a parameter; assigning ``data`` changes it in place and leaves no other trace."""
 
-Row = tuple[Contents, Contents, Contents, Contents, bool]
-"""The ``vars`` of a module; parameters, buffers, children and training flag in there."""
+KEPT = ("_parameters", "_buffers", "_modules", *KINDS)
+PARTS = itemgetter("training", *KEPT)
+"""Of the ``vars`` of a module: its training flag and the dicts of parameters, buffers, children and hooks."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,19 @@ class _Witness:
     """What was seen when a model was walked, in the form in which it is compared the fastest.
 
     ``slots`` are where parameters and buffers are kept, ``identities`` their ids, from which follows what is tied;
-    ``fixed`` is what else must be the same object: children, and parameters that are None. ``empty`` and ``filled``
-    (with their ``lengths``) are the dicts of all modules, ``hooks`` their hooks by id of ``vars``. ``guards`` compare
-    tensors, with inference mode off and on; they take none twice, and ``distinct`` are the places of those they take.
+    ``fixed`` is what else must be the same object: children, and parameters that are None. ``empty`` (hooks among them)
+    and ``filled`` (with their ``lengths``) are the dicts of all ``modules``, which stand with their PARTS; ``hooked``
+    are those with hooks.
+    ``versions`` are those that the interpreter gave what is ``versioned`` when it was last found unchanged: while they
+    stay, only ``empty`` ones need a look. ``guards`` compare tensors, with inference mode off and on; they take none
+    twice, and ``distinct`` are the places of those they take.
     """
 
     model: nn.Module
     state: ModelState
     has_values: bool
-    modules: list[Row]
-    hooks: dict[int, tuple[Any, ...]]
+    modules: list[tuple[Contents, tuple[Any, ...]]]
+    hooked: list[tuple[Contents, tuple[Any, ...]]]
     fixed: list[tuple[Contents, str, Any]]
     slots: list[tuple[Contents, str]]
     empty: tuple[Contents, ...]
@@ -102,37 +106,30 @@ class _Witness:
     identities: list[int]
     distinct: list[int]
     attributes: list[Any]
+    versioned: list[Contents]
+    versions: list[int]
     guards: dict[bool, TensorGuards] = field(default_factory=dict)
 
     def unchanged(self) -> list[Tensor] | None:
         """Parameters and buffers by place, if the model is in the same state."""
         try:
-            if not self._same_modules():
-                return None
+            versions = list(map(dict_version, self.versioned))
+            if versions != self.versions or self.hooked or any(self.empty):
+                if not self._same_modules():
+                    return None
+                self.versions[:] = versions
             tensors = [kept[name] for kept, name in self.slots]
         except KeyError:
             return None
         return tensors if self._same_tensors(tensors) else None
 
     def _same_modules(self) -> bool:
-        for contents, parameters, buffers, children, training in self.modules:
-            if (
-                contents["_parameters"] is not parameters
-                or contents["_buffers"] is not buffers
-                # Deleting from a Sequential gives it another dict.
-                or contents["_modules"] is not children
-                or contents["training"] is not training
-                or (
-                    (
-                        contents["_forward_hooks"]
-                        or contents["_forward_pre_hooks"]
-                        or contents["_backward_hooks"]
-                        or contents["_backward_pre_hooks"]
-                    )
-                    and self.hooks.get(id(contents)) != _hooks_of(contents)
-                )
-            ):
+        for contents, parts in self.modules:
+            # Deleting from a Sequential gives it another dict of children.
+            if not all(map(is_, PARTS(contents), parts)):
                 return False
+        if any(hooks != _hooks_of(contents) for contents, hooks in self.hooked):
+            return False
         if any(self.empty) or list(map(len, self.filled)) != self.lengths:
             return False
         return not [name for kept, name, value in self.fixed if kept[name] is not value]
@@ -183,16 +180,17 @@ def _walk(model: nn.Module) -> tuple[_Witness | None, Live]:
 
 
 def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Contents, str]], live: Live) -> _Witness:
-    rows = [_row(vars(module)) for module in modules]
-    dicts = [kept for _, *three, _ in rows for kept in three]
-    filled = [kept for kept in dicts if kept]
+    contents = list(map(vars, modules))
+    dicts = [one[name] for one in contents for name in KEPT]
+    filled = [one[name] for one in contents for name in KEPT if name not in KINDS and one[name]]
+    versioned = [*contents, *filled]
     identities = list(map(id, live.tensors))
     return _Witness(
         model=model,
         state=live.state,
         has_values=live.has_values,
-        modules=rows,
-        hooks={id(vars(module)): _hooks_of(vars(module)) for module in filter(_has_hooks, modules)},
+        modules=[(one, PARTS(one)) for one in contents],
+        hooked=[(vars(module), _hooks_of(vars(module))) for module in filter(_has_hooks, modules)],
         fixed=[(kept, name, value) for kept in filled for name, value in kept.items() if not isinstance(value, Tensor)],
         slots=slots,
         empty=tuple(kept for kept in dicts if not kept),
@@ -201,11 +199,9 @@ def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Conte
         identities=identities,
         distinct=list({one: place for place, one in enumerate(identities)}.values()),
         attributes=list(map(ATTRIBUTES, live.tensors)),
+        versioned=versioned,
+        versions=list(map(dict_version, versioned)),
     )
-
-
-def _row(contents: Contents) -> Row:
-    return contents, contents["_parameters"], contents["_buffers"], contents["_modules"], contents["training"]
 
 
 def _add_paths(paths: list[tuple[str, nn.Module]], module: nn.Module, path: str) -> None:

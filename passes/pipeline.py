@@ -37,6 +37,7 @@ from lrp_compiler.passes.recognise import recognise
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.set_precision import set_precision
 from lrp_compiler.passes.settings import Settings
+from lrp_compiler.passes.settle_masks import settle_masks
 from lrp_compiler.passes.share_memory import share_memory
 from lrp_compiler.passes.simplify import simplify
 from lrp_compiler.passes.specialise import specialise
@@ -45,7 +46,17 @@ from lrp_compiler.passes.verify import verify
 logger = logging.getLogger(__name__)
 Pass = Callable[..., Program]
 
-CAPTURE: tuple[Pass, ...] = (capture, clean, cast_explicitly, pin, decompose, functionalise, canonicalise, recognise)
+CAPTURE: tuple[Pass, ...] = (
+    capture,
+    clean,
+    cast_explicitly,
+    pin,
+    decompose,
+    functionalise,
+    settle_masks,
+    canonicalise,
+    recognise,
+)
 """A call of a module -> its forward graph; depends on the call alone."""
 
 EXPLAIN: tuple[Pass, ...] = (analyse, assign_rules)
@@ -134,6 +145,7 @@ def capture_call(
         cast_explicitly: (current_autocast(devices), _trained(history[-1].program, leaves), kept),
         pin: (model, args, kwargs),
         decompose: (kept,),
+        settle_masks: (kept,),
         canonicalise: (kept, grad_enabled),
     }
     with without_autocast():

@@ -191,6 +191,7 @@ LEGAL: dict[str, tuple[Check, ...]] = {
     "pin": FLAT,
     "decompose": FLAT,
     "functionalise": FUNCTIONAL,
+    "settle_masks": FUNCTIONAL,
     "canonicalise": FUNCTIONAL,
     "recognise": FUNCTIONAL,
     "analyse": ANALYSED,

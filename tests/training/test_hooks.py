@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -113,3 +114,25 @@ def test_weights_that_torch_recomputes_in_hooks_are_kept(recomputing: nn.Module)
     x.requires_grad_()
     (expected,) = torch.autograd.grad(recomputing(x)[:, 1].sum(), x)
     torch.testing.assert_close(explained.attribute(x.detach(), 1), expected)
+
+
+def test_hooks_in_a_dict_that_took_the_place_of_another_are_seen() -> None:
+    """Some libraries remove hooks by giving a module a new dict of them."""
+    model, explained, x = made()
+    explained(x)
+    module = next(child for child in model.modules() if child is not model)
+    module._forward_hooks = OrderedDict()
+    explained(x)
+    module.register_forward_hook(lambda module, args, output: output * 2)
+    assert torch.equal(explained(x), model(x))
+    with pytest.raises(errors.HookError):
+        explained.run(x)
+
+
+def test_what_is_set_on_modules_beside_the_model_changes_nothing() -> None:
+    model, explained, x = made()
+    expected = explained(x)
+    for step in range(3):
+        next(iter(model.children())).steps = step
+        assert torch.equal(explained(x), expected)
+    assert len(explained.compilations) == 1
