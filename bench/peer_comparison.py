@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -26,6 +27,9 @@ BARS = (PLAIN, INPUT_X_GRADIENT)
 
 SETTLED = 0.02
 """Seconds between calls: the threads of the last worker spin for some milliseconds after its last loop."""
+
+LOADING = 2
+"""Workers that load side by side, each of which takes one core for most of that time."""
 
 RESERVE = 0.4
 """The share of memory left free for the one call that runs; workers beyond it wait for their turn."""
@@ -87,18 +91,26 @@ class Comparison:
 
     def start(self, name: str) -> bool:
         """Start a provider's worker and warm it up; False, and the reason in ``failures``, where it cannot."""
-        log = self.folder / f"{len(self.first)}-{name.replace(' ', '-')}.txt"
+        self.load([name])
         try:
-            worker = Worker(self.case.command(name), log, self.case.patience)
-            self.workers[name] = worker
-            self.name = worker.greeting
-            first = worker.ask("first")
+            first = self.workers[name].ask("first")
         except WorkerError as error:
             self.failures[name] = str(error)
             self.end(name)
             return False
         self.first.setdefault(name, first)
         return True
+
+    def load(self, names: Sequence[str]) -> None:
+        """Have the workers of providers load their models, side by side, and wait until all have."""
+        for name in names:
+            if name not in self.workers:
+                log = self.folder / f"{name.replace(' ', '-')}.txt"
+                self.workers[name] = Worker(self.case.command(name), log, self.case.patience)
+        for name in names:
+            # One that ended says why when it is asked.
+            with contextlib.suppress(WorkerError):
+                self.name = self.workers[name].greeting
 
     def end(self, name: str) -> None:
         """End a worker, if there is one."""
@@ -107,7 +119,10 @@ class Comparison:
 
     def check(self, providers: Sequence[Provider]) -> list[Verdict]:
         """Start every provider and compare what they give; those that there is no memory for wait."""
-        for provider in providers:
+        for place, provider in enumerate(providers):
+            if place % LOADING == 0:
+                # Nothing loads while the first call of another is timed.
+                self.load([one.name for one in providers[place : place + LOADING]])
             if not self.start(provider.name):
                 continue
             self.read_relevance(provider.name)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ class WorkerError(Exception):
 class Worker:
     """A process that answers a line of stdin by a line of JSON on stdout; it must greet with one first.
 
-    What it prints to stderr goes to the file ``log``. A question that is not answered within ``patience`` seconds ends
-    the process. Raises WorkerError.
+    It loads while nobody waits for it. What it prints to stderr goes to the file ``log``. A question that is not
+    answered within ``patience`` seconds ends the process.
     """
 
     def __init__(self, command: Sequence[str], log: Path, patience: float) -> None:
@@ -27,15 +28,15 @@ class Worker:
         with log.open("w", encoding="utf-8") as stderr:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
             self._process = subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
-        try:
-            self.greeting = self._answer("start")
-        except WorkerError:
-            self.close()
-            raise
+
+    @cached_property
+    def greeting(self) -> Any:
+        """What it says when it has loaded; raises WorkerError where it ends before."""
+        return self._answer("start")
 
     def ask(self, question: str) -> Any:
         """The answer to a question; raises WorkerError for an error, silence or the end of the process."""
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self.greeting is not None
         try:
             self._process.stdin.write(question + "\n")
             self._process.stdin.flush()

@@ -184,6 +184,9 @@ def plot(path: Path, found: Sequence[Point]) -> None:
             for name, colour in COLOURS.items():
                 curve = [point for point in found if (point.axis, point.provider) == (axis, name)]
                 panel.loglog([place(p) for p in curve], [value(p) for p in curve], "o-", color=colour, label=name)
+            measured = sorted({place(point) for point in found if point.axis == axis})
+            panel.set_xticks(measured, [f"{n / 1e6:.0f}M" if axis == "width" else str(n) for n in measured])
+            panel.set_xticks([], minor=True)
             panel.set_xlabel(label(axis), fontsize=8)
             panel.set_ylabel(unit, fontsize=8)
             panel.tick_params(labelsize=7)

@@ -103,6 +103,10 @@ class _Masks:
             else:
                 args, kwargs = map_aggregate((node.args, node.kwargs), self.given)
                 self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                for operand in node.all_input_nodes:
+                    # Of long sequences each may take gigabytes.
+                    if len(operand.users) == 1:
+                        del self.values[operand]
         return self.values[node]
 
     def given(self, leaf: Any) -> Any:

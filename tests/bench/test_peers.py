@@ -143,6 +143,7 @@ def test_a_worker_is_asked_and_its_end_has_a_reason(bench: SimpleNamespace, tmp_
 
 def test_a_worker_that_is_stuck_is_ended(bench: SimpleNamespace, tmp_path: Path) -> None:
     worker = bench.peer_process.Worker([sys.executable, "-c", ECHO], tmp_path / "log", 60.0)
+    assert worker.greeting == "ready"
     worker._patience = 0.2
     with pytest.raises(bench.peer_process.WorkerError, match="no answer to 'sleep' within 0 s"):
         worker.ask("sleep")
