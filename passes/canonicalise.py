@@ -149,7 +149,7 @@ def _attention(rewriter: _Canonicaliser, node: fx.Node) -> Replacement:
     if mask is not None and tensor_of(mask).dtype == torch.bool:
         mask = rewriter.emitter(additive_mask, mask, tensor_of(query).dtype)
     mask_needs_grad = rewriter.grad_enabled and mask is not None and needs_grad(mask)
-    if not mask_needs_grad and _eager_attention_is_flash(a):
+    if not mask_needs_grad and eager_attention_is_flash(a):
         arguments = (query, key, value, 0.0, a["is_causal"])
         return rewriter.first(FLASH_ON_CPU, *arguments, attn_mask=mask, scale=a["scale"])
     options = (a["dropout_p"], a["is_causal"], a["scale"], a["enable_gqa"])
@@ -179,7 +179,7 @@ def attention_math(
     return output
 
 
-def _eager_attention_is_flash(a: dict[str, Any]) -> bool:
+def eager_attention_is_flash(a: dict[str, Any]) -> bool:
     """Ask torch which path it takes for tensors of these shapes (metadata alone decides)."""
     # Of fake tensors, which an enclosing mode would make of these, torch takes another path.
     with unset_fake_temporarily():

@@ -1,7 +1,8 @@
 """settle_masks: attention masks that no input decides -> none at all, or "causal", where that is what they say.
 
 Libraries build masks of all positions while they are traced, and leave them out when they run; fused attention skips
-what "causal" hides, but reads every entry of a mask. Outputs stay bitwise equal.
+what "causal" hides, but reads every entry of a mask. On CPU outputs stay bitwise equal; on a GPU a mask that the model
+itself gives may have kept torch from another kernel.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.node import map_aggregate
 
-from lrp_compiler.passes.canonicalise import SDPA, bound
+from lrp_compiler.passes.canonicalise import SDPA, bound, eager_attention_is_flash
 from lrp_compiler.passes.deferral import GENERATOR_READERS, drop_dead_nodes
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.program import Program, tensor_of
@@ -55,15 +56,14 @@ class _Masks:
         """The options of an attention op that say the same as its mask; None where there are none, or not known."""
         given = bound(node)
         mask = given["attn_mask"]
-        if mask is None or given["is_causal"]:
+        if mask is None or given["is_causal"] or not _fits(mask, given["query"], given["key"]):
             return None
         if mask not in self.said:
-            self.said[mask] = self.read(mask, given["query"], given["key"])
-        return self.said[mask]
+            self.said[mask] = self.read(mask) if self.is_known(mask) else None
+        options = self.said[mask]
+        return options if options is not None and _runs_as_before(given, given | options) else None
 
-    def read(self, mask: fx.Node, query: fx.Node, key: fx.Node) -> dict[str, Any] | None:
-        if not self.is_known(mask):
-            return None
+    def read(self, mask: fx.Node) -> dict[str, Any] | None:
         with unset_fake_temporarily(), torch.no_grad():
             value = self.value(mask)
             self.values.clear()
@@ -72,8 +72,8 @@ class _Masks:
                 return None
             if bool(allowed.all()):
                 return NO_MASK
-            rows, columns = tensor_of(query).shape[-2], tensor_of(key).shape[-2]
-            if rows != columns or value.shape[-2:] != (rows, columns):
+            rows, columns = value.shape[-2:]
+            if rows != columns:
                 return None
             causal = torch.ones(rows, columns, dtype=torch.bool, device=value.device).tril()
             return CAUSAL if bool((allowed == causal).all()) else None
@@ -111,6 +111,23 @@ class _Masks:
 
     def given(self, leaf: Any) -> Any:
         return self.value(leaf) if isinstance(leaf, fx.Node) else leaf
+
+
+def _fits(mask: fx.Node, query: fx.Node, key: fx.Node) -> bool:
+    """Whether a mask makes the result no larger: it has the sizes of the scores, or 1, and no further ones."""
+    scores = (*tensor_of(query).shape[:-1], tensor_of(key).shape[-2])
+    sizes = tensor_of(mask).shape
+    if not 2 <= len(sizes) <= len(scores) or not all(map(is_settled, sizes)):
+        return False
+    pairs = zip(sizes, scores[-len(sizes) :], strict=True)
+    return all(size == 1 or (is_settled(score) and size == score) for size, score in pairs)
+
+
+def _runs_as_before(given: dict[str, Any], settled: dict[str, Any]) -> bool:
+    """Whether torch takes the same path on CPU, so that no bit changes; some masks keep it from the fused one."""
+    if tensor_of(given["query"]).device.type != "cpu":
+        return True
+    return eager_attention_is_flash(given) == eager_attention_is_flash(settled)
 
 
 def _is_evaluated(node: fx.Node) -> bool:

@@ -32,6 +32,7 @@ MASKS: dict[str, tuple[Mask, str]] = {
         lambda x, _: torch.stack([torch.ones(TOKENS, TOKENS).tril(), torch.ones(TOKENS, TOKENS)]).bool(),
         "mask",
     ),
+    "all, of two heads alike": (lambda x, _: torch.ones(2, TOKENS, TOKENS, dtype=torch.bool), "mask"),
     "drawn": (lambda x, _: torch.rand(TOKENS, TOKENS) > -1, "mask"),
     "a buffer": (lambda x, buffer: buffer, "mask"),
     "of the input": (lambda x, _: x[:, None, :, :1] < 1e9, "mask"),
