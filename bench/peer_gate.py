@@ -29,6 +29,7 @@ def agreements() -> tuple[Agreement, ...]:
     return (
         Agreement(ours.name_of("input_x_gradient"), bars.INPUT_X_GRADIENT),
         *(Agreement(ours.name_of(name) + ours.WITH_OUTPUTS, ours.name_of(name)) for name in given),
+        *(Agreement(ours.name_of(name) + ours.PREPARED, ours.name_of(name)) for name in ours.KEEPING),
         *(Agreement(ours.name_of(name), lxt_efficient.name_of(name)) for name in lxt_efficient.ATTENTION),
         *(
             Agreement(ours.name_of(name), zennit_composites.name_of(name), folds=True)

@@ -119,8 +119,9 @@ forward and relevance together; ratios are to the plain forward and to eager inp
 the same run. Peak is what torch's allocator hands out in one call above the loaded model, resident what the process
 grows by. The first call includes compilation. Unaccounted is the share of the explained output that is found neither at
 inputs nor, for ours, in sinks; peers have no sinks, so what biases absorb counts. "With outputs" returns the model's
-output too, and leaves as much unaccounted; without, attributions alone. Where rules are the same, providers agreed
-before anything was timed:
+output too, and leaves as much unaccounted; without, attributions alone. With "weights prepared" (the option
+`prepare_weights`) the first call also makes what weights alone decide, up to two copies of each, which stays: it counts
+as resident, not as peak. Where rules are the same, providers agreed before anything was timed:
 
 {gate}
 

@@ -25,7 +25,8 @@ def compile_for_lrp(model: nn.Module, composite: str | Composite | Any = "auto",
     to explain), ``rules`` ({op: rule function or Rule}), ``verify`` ("off" or "ledger"), ``reference`` (run the slow
     relevance-space interpreter), ``dynamic`` (False to trace every distinct shape for itself), ``backend`` ("auto",
     "eager", "inductor" or "triton": what runs the code), ``cuda_graphs`` (True to replay calls on CUDA as one),
-    ``relevance_dtype`` (torch.bfloat16, or "high" for float32 and wider: what relevance is computed in).
+    ``relevance_dtype`` (torch.bfloat16, or "high" for float32 and wider: what relevance is computed in),
+    ``prepare_weights`` (True to keep what weights alone decide from call to call: faster, for a copy or two of each).
 
     Nothing is traced before the first call. Raises NotAModelError, UnknownCompositeError,
     CompositeError, UnknownOptionError, OptionValueError.

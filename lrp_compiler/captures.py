@@ -29,7 +29,7 @@ from lrp_compiler.passes.errors import DeviceMismatchError
 from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
 from lrp_compiler.passes.program import COMPILING, InputKind, Program, graph_inputs
 from lrp_compiler.passes.sizes import SizeBinder, Sizes
-from lrp_compiler.weight_casts import WeightCasts
+from lrp_compiler.prepared_weights import PreparedWeights
 from lrp_compiler.weightless import has_values
 
 GRAPHS = 8
@@ -207,7 +207,7 @@ class Captures:
         self.lock = COMPILING
         self.history: deque[Compilation] = deque(maxlen=100)
         self._families: dict[Any, _Family] = {}
-        self.casts = WeightCasts()
+        self.weights = PreparedWeights()
         self._known = LiveModel()
 
     def call(

@@ -17,6 +17,7 @@ from lrp_compiler.baselines import Baseline, Baselines, by_input_name, named_inp
 from lrp_compiler.captures import BoundCall, Captures, Compilation
 from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
 from lrp_compiler.coverage import Coverage, measure_coverage
+from lrp_compiler.forward_pass import write_back
 from lrp_compiler.forward_requests import default_request, one_row, prepared_for_rows
 from lrp_compiler.measured_error import measured_error
 from lrp_compiler.options import Options
@@ -27,7 +28,6 @@ from lrp_compiler.passes.program import Request
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.questions import Asked, How
 from lrp_compiler.random_numbers import DRAWING
-from lrp_compiler.recording import write_back
 from lrp_compiler.report import Report, make_report, measured_conservation
 from lrp_compiler.seeds import Predicted, Target, reads_output
 from lrp_compiler.sites import Names, name_list

@@ -69,11 +69,19 @@ class Options:
         },
     )
 
+    prepare_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "True keeps what weights alone decide (W + gamma W+, the layout that CPU products read) from call"
+            " to call until they change: faster, at the price of one to two copies of each weight"
+        },
+    )
+
     @property
     def settings(self) -> Settings:
         """What the passes behind a request are told; raises OptionValueError."""
         goal = MemoryGoal(self.memory_budget, self.recompute)
-        return Settings(goal, self.backend, self.cuda_graphs, precision_of(self.relevance_dtype))
+        return Settings(goal, self.backend, self.cuda_graphs, precision_of(self.relevance_dtype), self.prepare_weights)
 
 
 def parse_options(given: dict[str, Any]) -> Options:
@@ -104,6 +112,11 @@ def parse_options(given: dict[str, Any]) -> Options:
         raise OptionValueError(name="relevance_dtype", value=options.relevance_dtype, cause=cause)
     if not isinstance(options.cuda_graphs, bool):
         raise OptionValueError(name="cuda_graphs", value=options.cuda_graphs, cause="it is True or False")
+    if not isinstance(options.prepare_weights, bool):
+        raise OptionValueError(name="prepare_weights", value=options.prepare_weights, cause="it is True or False")
+    if options.prepare_weights and (options.backend == "inductor" or options.cuda_graphs or options.reference):
+        cause = "torch.compile, CUDA graphs and the reference interpreter read weights as they are"
+        raise OptionValueError(name="prepare_weights", value=True, cause=cause)
     if options.reference and options.verify != "off":
         raise OptionValueError(name="reference", value=True, cause="the reference interpreter keeps no ledger")
     return options

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.compiled import Compiler, ExplainedCall
+from lrp_compiler.forward_pass import prepared_values, run_forward, write_back
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import NoHistoryError, ReferenceModeError, SizesError, StaleTapeError
-from lrp_compiler.passes.program import Cast, Constant, InputKind, Mutation, Program, Reading, Request, Result, is_float
+from lrp_compiler.passes.program import Cast, Constant, InputKind, Program, Reading, Request, Result, is_float
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.sizes import Sizes, value_of_sizes
+from lrp_compiler.prepared_weights import PreparedWeights
 from lrp_compiler.random_numbers import RandomNumbers, devices_of, draws_repeated
 from lrp_compiler.side_by_side import targets_side_by_side
 
@@ -131,7 +133,7 @@ class Recording:
                 self._random = RandomNumbers(devices_of(inputs)) if self._call.is_random else None
             drawing = self._random.drawn() if is_first and self._random is not None else self._random_numbers()
             with torch.set_grad_enabled(self._has_history), drawing:
-                leaves, mutated, saved = _run_forward(executable, [*inputs, *rows.values()], self.sizes)
+                leaves, mutated, saved = run_forward(executable, [*inputs, *rows.values()], self.sizes, self._weights)
             if is_first:
                 self._waiting = None
                 if mutated:
@@ -234,12 +236,15 @@ class Recording:
         """
         self._complete(executable, create_graph, question.rows, saved)
         inputs = {**self._inputs, **question.rows}
+        recorded = differentiable or create_graph
+        if recorded or question.is_mapped:
+            executable = executable.plain
         values = [inputs[name] for name in executable.free] + [saved.known[name] for name in executable.saved]
         values += [self._references.known[name] for name in executable.reference]
         values += [self._cast(cast, create_graph) for cast in executable.casts]
+        values += prepared_values(executable.program.prepared_relevance, inputs, self._weights)
         if differentiable and not create_graph:
             values = [value.detach() if isinstance(value, Tensor) else value for value in values]
-        recorded = differentiable or create_graph
         with torch.set_grad_enabled(recorded), without_autocast(), draws_repeated():
             code = executable.differentiable if recorded else executable.relevance
             assert code is not None
@@ -256,7 +261,11 @@ class Recording:
     def _cast(self, cast: Cast, has_history: bool) -> Tensor:
         """A parameter in the dtype of relevance; one with history is made for this answer alone."""
         parameter = self._inputs[cast.of]
-        return parameter.to(cast.dtype) if has_history else self._compiler.captures.casts.of(parameter, cast.dtype)
+        return parameter.to(cast.dtype) if has_history else self._weights.cast(parameter, cast.dtype)
+
+    @property
+    def _weights(self) -> PreparedWeights:
+        return self._compiler.captures.weights
 
     def _give_up(self, question: Question, saved: _Values) -> None:
         """Let go of what the forward pass left, so that memory is free again behind the last reader of each value."""
@@ -285,14 +294,16 @@ class Recording:
         if not kept.lack(executable.saved, create_graph):
             return
         with torch.set_grad_enabled(create_graph), self._random_numbers():
-            _, _, saved = _run_forward(executable, [*self._inputs.values(), *rows.values()], self.sizes)
+            _, _, saved = run_forward(executable, [*self._inputs.values(), *rows.values()], self.sizes, self._weights)
         kept.add(saved, has_history=create_graph)
 
     def _run_reference(self, executable: Executable, create_graph: bool = False) -> None:
         """The same forward code on the baselines; what it would change in place stays as it is."""
         inputs = {**self._inputs, **self._reference_inputs}
         with torch.set_grad_enabled(create_graph), self._random_numbers():
-            self._reference_leaves, _, recorded = _run_forward(executable, list(inputs.values()), self.sizes)
+            self._reference_leaves, _, recorded = run_forward(
+                executable, list(inputs.values()), self.sizes, self._weights
+            )
         self._references.add(recorded, has_history=create_graph)
         # Baselines are the user's own: what history they have is theirs.
         self._references.add(self._reference_inputs, has_history=True)
@@ -343,26 +354,6 @@ def _without_fallback_warnings() -> Iterator[None]:
     finally:
         # Torch's default: it does not tell what was set.
         warn(True)
-
-
-def _run_forward(
-    executable: Executable, inputs: list[Any], sizes: Sizes
-) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
-    """(output leaves, mutated values, recorded values) of one forward pass."""
-    program = executable.program
-    with without_autocast():
-        values = executable.forward(sizes, *inputs)
-    outputs = sum(not isinstance(leaf, Constant) for leaf in program.outputs)
-    mutated = outputs + len(program.mutations)
-    recorded = dict(zip(executable.recorded, values[mutated:], strict=True))
-    return list(values[:outputs]), list(values[outputs:mutated]), recorded
-
-
-def write_back(mutations: tuple[Mutation, ...], inputs: dict[str, Any], values: list[Tensor]) -> None:
-    """Give inputs that the model changes in place (running statistics, say) their new values."""
-    with torch.no_grad():
-        for mutation, value in zip(mutations, values, strict=True):
-            inputs[mutation.input].copy_(value)
 
 
 def _protected(program: Program, inputs: list[Any]) -> dict[str, Any]:

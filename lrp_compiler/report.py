@@ -59,7 +59,8 @@ class Report:
     ``specialised`` the inputs whose values the code holds, so that others compile anew; ``compilations`` every tracing
     of the model so far, in which form and why; ``sites`` every name that ``at=`` takes; ``conserves`` whether the
     composite claims that inputs and named sinks make up the output, ``conservation`` what was measured; ``backend``
-    what runs the code and why; ``precision`` what relevance is computed in, ``error`` what that was measured to lose.
+    what runs the code and why; ``precision`` what relevance is computed in, ``error`` what that was measured to lose;
+    ``prepared`` what is kept of weights from call to call.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Report:
     conservation: Conservation | None = None
     precision: str = "the model's dtype"
     error: MeasuredError | None = None
+    prepared: Lowered = Lowered(0, 0)
 
     @property
     def ops(self) -> tuple[OpRow, ...]:
@@ -137,7 +139,7 @@ class Report:
     @property
     def saved_bytes(self) -> int:
         """Bytes of forward values kept for relevance alone."""
-        return sum(buffer.bytes for buffer in self.buffers if buffer.kind != "recomputed")
+        return sum(buffer.bytes for buffer in self.buffers if buffer.kind not in ("recomputed", "prepared"))
 
     def buffer_table(self) -> str:
         """One line per buffer that takes memory: kind, bytes, producer, readers, lifetime in ops, shared memory."""
@@ -176,6 +178,11 @@ class Report:
             *self.backend.lines(),
             f"  kernels   {kernel_summary(self.kernels)}",
             "  precision " + self._precision(),
+            *(
+                [f"  weights   {self.prepared.count} made of them are kept ({self.prepared.bytes:,} B)"]
+                if self.prepared.count
+                else []
+            ),
             "  rules",
             indented(op_table(self.ops)),
             "  conserves " + self._conservation(),
@@ -192,7 +199,7 @@ class Report:
 
     def _lowered(self) -> str:
         """The kinds of buffers, those with memory of their own first."""
-        kinds = ("saved", "compressed", "recomputed", "reference", "view", "free")
+        kinds = ("saved", "compressed", "recomputed", "reference", "view", "prepared", "free")
         lowered = self.lowered
         words = {"reference": "of the reference run", "view": "views"}
         found = ((words.get(kind, kind), lowered[kind]) for kind in kinds if kind in lowered)
@@ -259,6 +266,7 @@ def make_report(
     demanded = [demand for one in with_programs_inside(program) for demand in demands(one)]
     forward_ops = sum(node.op == "call_function" for node in forward_nodes_everywhere(program))
     assert attribution.program.memory is not None
+    prepared = (*attribution.program.prepared_forward, *attribution.program.prepared_relevance)
     read = {(reader, buffer.name) for buffer in executable.program.buffers for reader in buffer.readers}
     return Report(
         model=model,
@@ -288,4 +296,5 @@ def make_report(
         conserves=composite.conserves,
         conservation=conservation,
         precision=str(explained.settings.precision or "the model's dtype"),
+        prepared=Lowered(len(prepared), sum(one.bytes for one in prepared)),
     )

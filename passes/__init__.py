@@ -11,9 +11,9 @@ backwards and writes the rules behind the forward graph, reading forward values 
 reference run on other inputs; ``simplify`` tidies up; ``fuse`` puts kernels of the relevance dialect in the place of
 the ops they compute; ``compress`` gives what is read of a value a small form; ``set_precision`` casts where relevance
 has another dtype; ``lower_promises`` turns promises into deferred buffers; ``fuse_elementwise`` makes one kernel of
-pointwise ops that follow each other; ``partition`` cuts the joint graph in two; ``share_memory`` lets relevance ops
-write over what nothing reads any more; ``plan_memory`` says how long buffers live and what the peak will be;
-``codegen`` makes both halves callable.
+pointwise ops that follow each other; ``partition`` cuts the joint graph in two; ``prepare_weights`` makes inputs of
+what weights alone decide; ``share_memory`` lets ops write over what nothing reads any more; ``plan_memory`` says how
+long buffers live and what the peak will be; ``codegen`` makes both halves callable.
 
 Every pass is a pure ``Program -> Program``; ``pipeline.py`` holds their order, runs, times and verifies them. Sizes
 that differ from call to call are literals of the graph (``sizes.py``), the branches of a torch.cond programs inside

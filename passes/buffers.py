@@ -7,13 +7,14 @@ from typing import Literal
 
 from lrp_compiler.passes.program import Program
 
-BufferKind = Literal["free", "view", "compressed", "recomputed", "saved", "reference"]
+BufferKind = Literal["free", "view", "compressed", "recomputed", "saved", "reference", "prepared"]
 
 
 @dataclass(frozen=True)
 class Buffer:
     """Where one promise is kept: ``free`` (a graph input or an output), ``view`` of something kept, ``compressed``
-    (less than the value, made of it in the forward pass), ``recomputed`` in the relevance pass, or ``saved``.
+    (less than the value, made of it in the forward pass), ``recomputed`` in the relevance pass, ``saved``, or
+    ``prepared`` of weights and kept from call to call.
 
     ``bytes`` and ``shape`` are those of the captured call where sizes differ from call to call.
     A ``reference`` buffer holds the value that the node has in the reference run. ``holder`` names the node of the

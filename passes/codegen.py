@@ -67,7 +67,8 @@ class Code:
 @dataclass(frozen=True)
 class Executable:
     """Compiled code: ``forward(sizes, *inputs) -> outputs, mutated values, recorded values`` and, when relevance was
-    requested, ``relevance(sizes, *free, *saved, *reference, *casts, *seeds) -> results``.
+    requested, ``relevance(sizes, *free, *saved, *reference, *casts, *seeds) -> results``. Both take what was
+    prepared of weights, behind the inputs and behind the casts.
 
     ``free``, ``saved`` and ``reference`` name those arguments, the last by the node whose value in the reference run
     it is, and ``casts`` tell what the next hold; ``recorded`` names what the forward pass returns for them.
@@ -88,9 +89,15 @@ class Executable:
     @cached_property
     def differentiable(self) -> Code:
         """``relevance`` in ops that torch can differentiate again; raises NotDifferentiableError."""
-        assert self.program.relevance_graph is not None
-        check_differentiable(self.program)
-        return _compiled(self.program.relevance_graph, "differentiable_relevance", differentiable=True)
+        program = self.plain.program
+        assert program.relevance_graph is not None
+        check_differentiable(program)
+        return _compiled(program.relevance_graph, "differentiable_relevance", differentiable=True)
+
+    @cached_property
+    def plain(self) -> Executable:
+        """The same on weights as they are: for derivatives with respect to these, and under torch.func."""
+        return self if self.program.plain is None else codegen(self.program.plain, self.choice)
 
 
 def codegen(program: Program, choice: Choice = PLAINLY) -> Executable:

@@ -31,6 +31,7 @@ from lrp_compiler.passes.lower_promises import lower_promises
 from lrp_compiler.passes.partition import forward_only, partition
 from lrp_compiler.passes.pin import pin
 from lrp_compiler.passes.plan_memory import plan_memory
+from lrp_compiler.passes.prepare_weights import prepare_weights
 from lrp_compiler.passes.printer import print_program
 from lrp_compiler.passes.program import InputKind, Program, Request
 from lrp_compiler.passes.recognise import recognise
@@ -72,6 +73,7 @@ EMIT: tuple[Pass, ...] = (
     lower_promises,
     fuse_elementwise,
     partition,
+    prepare_weights,
     share_memory,
     plan_memory,
 )
@@ -201,6 +203,7 @@ def emit(
         lower_promises: (given.goal,),
         fuse: (given.backend,),
         fuse_elementwise: (given.backend,),
+        prepare_weights: (request, given.prepares_weights),
     }
     history = explained
     for one in EMIT:

@@ -13,7 +13,7 @@ from torch import fx
 from lrp_compiler.passes.buffers import Buffer, MemoryPlan
 from lrp_compiler.passes.lifetimes import footprint, last_reads, roots_of
 from lrp_compiler.passes.optable import schema_name
-from lrp_compiler.passes.program import Program, first_argument, module_path
+from lrp_compiler.passes.program import Program, facts, first_argument, module_path
 
 
 def plan_memory(program: Program) -> Program:
@@ -27,7 +27,8 @@ def plan_memory(program: Program) -> Program:
     if relevance is None:
         return program
     forward = footprint(program.graph)
-    inputs = {*(spec.node for spec in program.inputs), *(cast.name for cast in program.casts)}
+    kept = {*(cast.name for cast in program.casts), *(one.name for one in program.prepared_relevance)}
+    inputs = {spec.node for spec in program.inputs} | kept
     held = frozenset(node for node in relevance.nodes if node.op == "placeholder" and node.name not in inputs)
     peaks = [footprint(relevance, held).peak]
     if any(buffer.kind == "reference" for buffer in program.buffers):
@@ -40,7 +41,7 @@ def plan_memory(program: Program) -> Program:
 def _with_lifetimes(program: Program, relevance: fx.Graph) -> list[Buffer]:
     """The buffers with producer, first write and last read."""
     steps = len(program.graph.nodes)
-    forward = {node.name: (place, node) for place, node in enumerate(program.graph.nodes)}
+    forward = {_held_by(node): (place, node) for place, node in enumerate(program.graph.nodes)}
     later = {node.name: (place + steps, node) for place, node in enumerate(relevance.nodes)}
     roots = roots_of(relevance)
     last = last_reads(relevance, roots)
@@ -48,10 +49,15 @@ def _with_lifetimes(program: Program, relevance: fx.Graph) -> list[Buffer]:
     for buffer in program.buffers:
         place, node = later[buffer.holder]
         end = steps + last[roots[node]]
-        if node.op == "placeholder":
+        if node.op == "placeholder" and buffer.kind != "prepared":
             place, node = forward[buffer.name]
         found.append(replace(buffer, producer=_producer(node), first_write=place, last_read=end))
     return found
+
+
+def _held_by(node: fx.Node) -> str:
+    """The name of the value that a node holds: a prepared input's is that of the op it stands for."""
+    return facts(node).origin if facts(node).part == "prepared" else node.name
 
 
 def _producer(node: fx.Node) -> str:

@@ -29,6 +29,9 @@ def print_program(program: Program, *, sources: bool = True) -> str:
     parts = [_function("forward", program.graph, sources)]
     if program.relevance_graph is not None:
         parts.append(_function("relevance", program.relevance_graph, sources))
+    parts += [
+        _function(one.name, one.recipe, sources) for one in (*program.prepared_forward, *program.prepared_relevance)
+    ]
     if program.mutations:
         parts.append("\n".join(f"# {m.input} becomes {m.value}" for m in program.mutations))
     if program.buffers:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from lrp_compiler.passes.buffers import Buffer, MemoryPlan
     from lrp_compiler.passes.kernel_use import KernelUse
+    from lrp_compiler.passes.preparation import Preparation
     from lrp_compiler.passes.rules.base import Composite, Rule
     from lrp_compiler.passes.uncovered import UncoveredOp
 
@@ -99,7 +100,7 @@ class Facts:
     A value that ``varies`` may be another one in the reference run, the forward pass on baseline inputs.
     """
 
-    part: Literal["forward", "seed", "relevance", "promise", "reference", "cast"] = "forward"
+    part: Literal["forward", "seed", "relevance", "promise", "reference", "cast", "prepared"] = "forward"
     live: bool = False
     flows: bool = False
     varies: bool = False
@@ -232,7 +233,9 @@ class Program:
     what the relevance graph reads. ``root`` owns the sub-graphs of higher-order ops until ``canonicalise`` has inlined
     them. ``kernels`` says what ``fuse`` made of what a kernel might compute; ``casts`` the parameters that relevance
     reads in a narrower dtype. After ``partition`` ``graph`` is the forward graph and ``relevance_graph`` the other
-    half. ``traces`` caches traced functions by signature and is shared by all programs that come from one capture.
+    half; ``prepare_weights`` gives both further inputs, ``prepared_forward`` and ``prepared_relevance``, and keeps
+    the program without them as ``plain``. ``traces`` caches traced functions by signature and is shared by all programs
+    that come from one capture.
     """
 
     graph: fx.Graph
@@ -259,6 +262,9 @@ class Program:
     kernels: tuple[KernelUse, ...] = ()
     casts: tuple[Cast, ...] = ()
     relevance_graph: fx.Graph | None = None
+    prepared_forward: tuple[Preparation, ...] = ()
+    prepared_relevance: tuple[Preparation, ...] = ()
+    plain: Program | None = None
     traces: dict[object, fx.GraphModule] = field(default_factory=dict, compare=False, repr=False)
 
     def nodes_by_name(self) -> dict[str, fx.Node]:

@@ -11,9 +11,13 @@ from lrp_compiler.passes.precision import Precision
 
 @dataclass(frozen=True)
 class Settings:
-    """The memory to be reached, what runs the code, and what relevance is computed in (None: the model's dtype)."""
+    """The memory to be reached, what runs the code, what relevance is computed in (None: the model's dtype).
+
+    One that ``prepares_weights`` keeps what these alone decide from call to call.
+    """
 
     goal: MemoryGoal | None = None
     backend: Backend = "auto"
     cuda_graphs: bool = False
     precision: Precision | None = None
+    prepares_weights: bool = False

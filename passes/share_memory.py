@@ -48,7 +48,8 @@ def share_memory(program: Program) -> Program:
     if program.relevance_graph is None:
         return program
     forward = _forward_shared(program)
-    return program.having(graph=forward, relevance_graph=_relevance_shared(program.relevance_graph))
+    plain = None if program.plain is None else share_memory(program.plain)
+    return program.having(graph=forward, relevance_graph=_relevance_shared(program.relevance_graph), plain=plain)
 
 
 def _forward_shared(program: Program) -> fx.Graph:

@@ -135,7 +135,7 @@ def no_promises(program: Program) -> str | None:
 def is_partitioned(program: Program) -> str | None:
     """The forward graph holds forward ops only, the relevance graph none of them."""
     for node in program.graph.nodes:
-        if facts(node).part != "forward" and node.op != "output":
+        if facts(node).part not in ("forward", "prepared") and node.op != "output":
             return f"the forward graph holds the {facts(node).part} node {node.name}"
     if program.relevance_graph is None:
         return "there is no relevance graph"
@@ -205,6 +205,7 @@ LEGAL: dict[str, tuple[Check, ...]] = {
     "lower_promises": (*FUNCTIONAL, no_promises),
     "fuse_elementwise": (*FUNCTIONAL, no_promises),
     "partition": (*FUNCTIONAL, is_partitioned),
+    "prepare_weights": (*FUNCTIONAL, is_partitioned),
     "share_memory": (*FLAT, is_partitioned, writes_to_its_own),
     "plan_memory": (*FLAT, is_partitioned, writes_to_its_own),
 }

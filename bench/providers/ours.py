@@ -14,12 +14,13 @@ from workloads import Entry
 from lrp_compiler import LRPModule, compile_for_lrp
 
 WITH_OUTPUTS = ", with outputs"
+PREPARED = ", weights prepared"
 
 
-def compiled(composite: str, setting: Setting) -> LRPModule:
+def compiled(composite: str, setting: Setting, **options: Any) -> LRPModule:
     """The model explained by a composite, relevance in the dtype that was asked for."""
-    low = setting.relevance_dtype is not torch.float32
-    options: dict[str, Any] = {"relevance_dtype": setting.relevance_dtype} if low else {}
+    if setting.relevance_dtype is not torch.float32:
+        options["relevance_dtype"] = setting.relevance_dtype
     return compile_for_lrp(setting.work.model, composite, **options)
 
 
@@ -31,9 +32,9 @@ def unaccounted(module: LRPModule, setting: Setting, relevance: Tensor) -> float
     return abs(ledger.gap) / abs(ledger.seed)
 
 
-def attributions(composite: str, setting: Setting) -> Prepared:
+def attributions(composite: str, setting: Setting, **options: Any) -> Prepared:
     """``attribute``."""
-    module, work = compiled(composite, setting), setting.work
+    module, work = compiled(composite, setting, **options), setting.work
     call = partial(module.attribute, work.x, work.target)
     return Prepared(call, lambda result: result, partial(unaccounted, module, setting))
 
@@ -70,6 +71,9 @@ COMPOSITES: tuple[tuple[str, Callable[[Entry], bool]], ...] = (
     ("epsilon_plus", on_convolutional),
 )
 
+KEEPING = ("attnlrp", "epsilon_gamma_box", "epsilon_plus")
+"""Those also measured with ``prepare_weights``: one of gradients' cost, and those that make other weights of them."""
+
 
 def name_of(composite: str) -> str:
     """The provider that computes attributions alone."""
@@ -81,6 +85,11 @@ PROVIDERS = (
     *(
         Provider(name_of(name) + WITH_OUTPUTS, applies, partial(with_outputs, name), own=True)
         for name, applies in COMPOSITES
+    ),
+    *(
+        Provider(name_of(name) + PREPARED, applies, partial(attributions, name, prepare_weights=True), own=True)
+        for name, applies in COMPOSITES
+        if name in KEEPING
     ),
     # What autograd gives is what this composite must give; nobody would use it for speed.
     Provider(name_of("input_x_gradient"), everywhere, partial(attributions, "input_x_gradient"), timed=False, own=True),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lrp_compiler import compile_for_lrp
 from lrp_compiler.errors import ArgumentError, OptionValueError
-from lrp_compiler.weight_casts import WeightCasts
+from lrp_compiler.prepared_weights import PreparedWeights
 
 
 def mlp() -> nn.Sequential:
@@ -25,31 +25,31 @@ def test_weights_are_cast_once_as_long_as_they_do_not_change() -> None:
     model, x = mlp(), torch.randn(2, 16)
     module = compile_for_lrp(model, "gradient", relevance_dtype=torch.bfloat16)
     before = module.attribute(x, 1)
-    casts = module.compiler.captures.casts
+    casts = module.compiler.captures.weights
     assert len(casts) == 1
-    first = casts.of(model[0].weight, torch.bfloat16)
+    first = casts.cast(model[0].weight, torch.bfloat16)
     module.attribute(x, 1)
-    assert casts.of(model[0].weight, torch.bfloat16) is first
+    assert casts.cast(model[0].weight, torch.bfloat16) is first
     with torch.no_grad():
         model[0].weight.mul_(2)
         model[0].bias.mul_(2)
     assert torch.equal(module.attribute(x, 1), 2 * before)
-    assert casts.of(model[0].weight, torch.bfloat16) is not first
+    assert casts.cast(model[0].weight, torch.bfloat16) is not first
 
 
 def test_other_memory_behind_a_parameter_is_another_cast() -> None:
     weight = nn.Parameter(torch.randn(3, 3))
-    casts = WeightCasts()
-    first = casts.of(weight, torch.bfloat16)
+    casts = PreparedWeights()
+    first = casts.cast(weight, torch.bfloat16)
     weight.data = torch.ones(3, 3)
-    assert torch.equal(casts.of(weight, torch.bfloat16), torch.ones(3, 3, dtype=torch.bfloat16))
-    assert first is not casts.of(weight, torch.bfloat16)
+    assert torch.equal(casts.cast(weight, torch.bfloat16), torch.ones(3, 3, dtype=torch.bfloat16))
+    assert first is not casts.cast(weight, torch.bfloat16)
 
 
 def test_casts_go_with_their_parameters() -> None:
-    casts = WeightCasts()
+    casts = PreparedWeights()
     weight = nn.Parameter(torch.randn(3, 3))
-    casts.of(weight, torch.bfloat16)
+    casts.cast(weight, torch.bfloat16)
     assert len(casts) == 1
     del weight
     gc.collect()
@@ -151,4 +151,4 @@ def test_modules_of_one_model_share_casts() -> None:
         narrow.attribute(x, 1)
     assert narrow.compiler.captures is module.compiler.captures
     # Of the head the one row of the target is cast, with the call.
-    assert len(module.compiler.captures.casts) == 1
+    assert len(module.compiler.captures.weights) == 1

@@ -81,8 +81,12 @@ MODELS = {
     "gated_mlp": (GatedMLP, "cp_lrp", (2, 4)),
     "tokens": (Tokens, "input_x_gradient", None),
     "gated_mlp_bfloat16": (GatedMLP, "attnlrp", (2, 4)),
+    "cnn_prepared": (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), "epsilon_plus", (1, 1, 4, 4)),
 }
-OPTIONS: dict[str, dict[str, Any]] = {"gated_mlp_bfloat16": {"relevance_dtype": torch.bfloat16}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gated_mlp_bfloat16": {"relevance_dtype": torch.bfloat16},
+    "cnn_prepared": {"prepare_weights": True},
+}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,0 +1,43 @@
+"""Running the code of a forward pass, with what was prepared of its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrp_compiler.passes.cast_explicitly import without_autocast
+from lrp_compiler.passes.codegen import Executable
+from lrp_compiler.passes.preparation import Preparation
+from lrp_compiler.passes.program import Constant, Mutation
+from lrp_compiler.passes.sizes import Sizes
+from lrp_compiler.prepared_weights import PreparedWeights
+
+
+def run_forward(
+    executable: Executable, inputs: list[Any], sizes: Sizes, weights: PreparedWeights
+) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    """(output leaves, mutated values, recorded values) of one forward pass."""
+    if torch.is_grad_enabled():
+        executable = executable.plain
+    program = executable.program
+    named = dict(zip((spec.node for spec in program.inputs), inputs, strict=True))
+    with without_autocast():
+        values = executable.forward(sizes, *inputs, *prepared_values(program.prepared_forward, named, weights))
+    outputs = sum(not isinstance(leaf, Constant) for leaf in program.outputs)
+    mutated = outputs + len(program.mutations)
+    recorded = dict(zip(executable.recorded, values[mutated:], strict=True))
+    return list(values[:outputs]), list(values[outputs:mutated]), recorded
+
+
+def prepared_values(asked: tuple[Preparation, ...], inputs: dict[str, Any], weights: PreparedWeights) -> list[Tensor]:
+    """What was prepared of the weights among the inputs of a graph."""
+    return [weights.prepared(one, tuple(inputs[name] for name in one.of)) for one in asked]
+
+
+def write_back(mutations: tuple[Mutation, ...], inputs: dict[str, Any], values: list[Tensor]) -> None:
+    """Give inputs that the model changes in place (running statistics, say) their new values."""
+    with torch.no_grad():
+        for mutation, value in zip(mutations, values, strict=True):
+            inputs[mutation.input].copy_(value)
