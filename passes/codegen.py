@@ -89,10 +89,11 @@ class Executable:
     @cached_property
     def differentiable(self) -> Code:
         """``relevance`` in ops that torch can differentiate again; raises NotDifferentiableError."""
-        program = self.plain.program
-        assert program.relevance_graph is not None
-        check_differentiable(program)
-        return _compiled(program.relevance_graph, "differentiable_relevance", differentiable=True)
+        if self.plain is not self:
+            return self.plain.differentiable
+        assert self.program.relevance_graph is not None
+        check_differentiable(self.program)
+        return _compiled(self.program.relevance_graph, "differentiable_relevance", differentiable=True)
 
     @cached_property
     def plain(self) -> Executable:

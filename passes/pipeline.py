@@ -203,7 +203,7 @@ def emit(
         lower_promises: (given.goal,),
         fuse: (given.backend,),
         fuse_elementwise: (given.backend,),
-        prepare_weights: (request, given.prepares_weights),
+        prepare_weights: (given.prepares_weights, request.keeps_outputs),
     }
     history = explained
     for one in EMIT:

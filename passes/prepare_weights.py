@@ -29,7 +29,6 @@ from lrp_compiler.passes.program import (
     Facts,
     InputKind,
     Program,
-    Request,
     copy_graph,
     facts,
     first_argument,
@@ -49,7 +48,7 @@ KEPT = (InputKind.PARAMETER, InputKind.BUFFER)
 """The graph inputs whose values stay from call to call, until somebody changes them."""
 
 
-def prepare_weights(program: Program, request: Request, is_wanted: bool = False) -> Program:
+def prepare_weights(program: Program, is_wanted: bool = False, keeps_outputs: bool = True) -> Program:
     """The same program with further inputs, where the option of this name asks for it."""
     if not is_wanted or program.relevance_graph is None:
         return program
@@ -58,7 +57,7 @@ def prepare_weights(program: Program, request: Request, is_wanted: bool = False)
     casts = {cast.name: cast for cast in program.casts}
     returned = sum(isinstance(leaf, str) for leaf in program.outputs) + len(program.mutations)
     forward = _Preparer(program.graph, weights, casts, returned)
-    forward.run(packing=not request.keeps_outputs and not program.mutations)
+    forward.run(packing=not keeps_outputs and not program.mutations)
     relevance = _Preparer(program.relevance_graph, weights, casts, len(program.results))
     relevance.run(packing=True)
     return program.having(

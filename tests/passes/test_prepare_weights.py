@@ -259,6 +259,19 @@ def test_derivatives_with_respect_to_weights_see_these() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_linear_maps_of_the_tape_see_weights_as_they_are() -> None:
+    model, x = wide(), torch.randn(8, WIDE)
+    direction = torch.randn(8, WIDE)
+    found, expected = (
+        compile_for_lrp(model, "epsilon_plus", prepare_weights=wanted)
+        .run(x)[1]
+        .linearised()
+        .apply({"input": direction})
+        for wanted in (True, False)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_several_targets_at_once() -> None:
     model, x = wide(), torch.randn(8, WIDE)
     found = compile_for_lrp(model, "epsilon_plus", prepare_weights=True).run(x)[1].relevance_of_each([0, 1, 2])
