@@ -35,7 +35,7 @@ class _Statistics(torch.autograd.Function):
 
 def with_derivatives(x: Tensor, mean: Tensor, rstd: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(mean, rstd) of their own shapes, differentiable where ``x`` is; both are over ``dims`` of ``x``."""
-    if not mean.numel() or not (torch.is_grad_enabled() and x.requires_grad):
+    if not (x.requires_grad and torch.is_grad_enabled() and mean.numel()):
         return mean, rstd
     kept = [1 if dim - x.dim() in dims else size for dim, size in enumerate(x.shape)]
     found = _Statistics.apply(x, mean.view(kept), rstd.view(kept), dims)  # type: ignore[no-untyped-call]
@@ -47,6 +47,8 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """aten.native_layer_norm, with mean and rstd that can be differentiated."""
     made, mean, rstd = aten.native_layer_norm.default(x, shape, weight, bias, eps)
+    if not x.requires_grad:
+        return made, mean, rstd
     return made, *with_derivatives(x, mean, rstd, tuple(range(-len(shape), 0)))
 
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.captures import BoundCall, CapturedCall, Captures
 from lrp_compiler.composites import AUTO, choose_composite, composite_named
+from lrp_compiler.known_seeds import KnownSeeds
 from lrp_compiler.options import Options
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
@@ -31,7 +32,8 @@ from lrp_compiler.sites import SiteRef, readings_of, resolve_sites, site_table
 class ExplainedCall:
     """One kind of call with its composite and attributed inputs; code is made per request.
 
-    ``binder``, the captured call's, tells the sizes of a call; ``prepared`` is what forward_requests made of requests.
+    ``binder``, the captured call's, tells the sizes of a call; ``prepared`` is what forward_requests made of requests,
+    ``seeds`` are those that were asked for.
     """
 
     stages: tuple[Stage, ...]
@@ -40,10 +42,16 @@ class ExplainedCall:
     executables: dict[Request, tuple[tuple[Stage, ...], Executable]] = field(default_factory=dict)
     specialised: dict[Request, bool] = field(default_factory=dict)
     prepared: dict[Request, Request] = field(default_factory=dict)
+    seeds: KnownSeeds = field(default_factory=KnownSeeds)
 
     @property
     def program(self) -> Program:
         return self.stages[-1].program
+
+    @cached_property
+    def input_names(self) -> tuple[str, ...]:
+        """The graph inputs by name."""
+        return tuple(spec.node for spec in self.program.inputs)
 
     @cached_property
     def is_random(self) -> bool:

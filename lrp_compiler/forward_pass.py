@@ -22,9 +22,11 @@ def run_forward(
     if torch.is_grad_enabled():
         executable = executable.plain
     program = executable.program
-    named = dict(zip((spec.node for spec in program.inputs), inputs, strict=True))
+    if program.prepared_forward:
+        named = dict(zip((spec.node for spec in program.inputs), inputs, strict=True))
+        inputs = [*inputs, *prepared_values(program.prepared_forward, named, weights)]
     with without_autocast():
-        values = executable.forward(sizes, *inputs, *prepared_values(program.prepared_forward, named, weights))
+        values = executable.forward(sizes, *inputs)
     outputs = sum(not isinstance(leaf, Constant) for leaf in program.outputs)
     mutated = outputs + len(program.mutations)
     recorded = dict(zip(executable.recorded, values[mutated:], strict=True))

@@ -12,7 +12,7 @@ from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild
 from lrp_compiler.passes.errors import OutputError
 from lrp_compiler.passes.program import Pick, Reading, Request
 from lrp_compiler.recording import Question, Recording, Sites
-from lrp_compiler.seeds import Several, Target, reads_output, seeds_for, sparse_seeds
+from lrp_compiler.seeds import Several, Target, reads_output, seeds_for
 from lrp_compiler.sites import Names, SiteRef
 
 ROWS_PER_SEEDED_ROW = 4
@@ -75,7 +75,9 @@ class Questions:
         is_lean = self.recording.is_waiting
         output = self.recording.shapes()[chosen].detach()
         targets = target.targets if isinstance(target, Several) else (target,)
-        found = sparse_seeds(output, targets, ROWS_PER_SEEDED_ROW_WITH_FORWARD if is_lean else ROWS_PER_SEEDED_ROW)
+        found = self.call.seeds.of(
+            output, targets, ROWS_PER_SEEDED_ROW_WITH_FORWARD if is_lean else ROWS_PER_SEEDED_ROW
+        )
         if found is None:
             return None
         first = found[0]

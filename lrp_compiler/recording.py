@@ -114,7 +114,10 @@ class Recording:
         self._has_history = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.sizes = self._bound(inputs)
         self._waiting = inputs
-        self._inputs = _protected(self.program, inputs)
+        self._inputs = dict(zip(self._call.input_names, inputs, strict=True))
+        for mutation in self.program.mutations:
+            # The model overwrites it; the tape keeps what was read.
+            self._inputs[mutation.input] = self._inputs[mutation.input].clone()
         self._versions = dict(zip(self._inputs, _versions(self._inputs.values()), strict=True))
 
     def record(self) -> list[Tensor]:
@@ -137,7 +140,7 @@ class Recording:
             if is_first:
                 self._waiting = None
                 if mutated:
-                    write_back(self.program.mutations, dict(zip(self._names(), inputs, strict=True)), mutated)
+                    write_back(self.program.mutations, dict(zip(self._call.input_names, inputs, strict=True)), mutated)
                     self._versions = dict(zip(self._inputs, _versions(self._inputs.values()), strict=True))
         return leaves, saved
 
@@ -149,9 +152,6 @@ class Recording:
             shapes = ", ".join(str(tuple(value.shape)) for value in arguments if isinstance(value, Tensor))
             raise SizesError(shapes=shapes)
         return sizes
-
-    def _names(self) -> list[str]:
-        return [spec.node for spec in self.program.inputs]
 
     def outputs(self) -> dict[int, Tensor]:
         """The output leaves that are tensors, by leaf index."""
@@ -354,14 +354,6 @@ def _without_fallback_warnings() -> Iterator[None]:
     finally:
         # Torch's default: it does not tell what was set.
         warn(True)
-
-
-def _protected(program: Program, inputs: list[Any]) -> dict[str, Any]:
-    """The inputs by name; those the model overwrites are cloned, so that the tape keeps what was read."""
-    kept = dict(zip((spec.node for spec in program.inputs), inputs, strict=True))
-    for mutation in program.mutations:
-        kept[mutation.input] = kept[mutation.input].clone()
-    return kept
 
 
 def _versions(values: Collection[Any]) -> list[int | None]:
