@@ -120,8 +120,8 @@ the same run. Peak is what torch's allocator hands out in one call above the loa
 grows by. The first call includes compilation. Unaccounted is the share of the explained output that is found neither at
 inputs nor, for ours, in sinks; peers have no sinks, so what biases absorb counts. "With outputs" returns the model's
 output too, and leaves as much unaccounted; without, attributions alone. With "weights prepared" (the option
-`prepare_weights`) the first call also makes what weights alone decide, up to two copies of each, which stays: it counts
-as resident, not as peak. Where rules are the same, providers agreed before anything was timed:
+`prepare_weights`) the first call also makes what weights alone decide, up to two copies of each: they stay, as the
+model does, above which memory is measured. Where rules are the same, providers agreed before anything was timed:
 
 {gate}
 

@@ -43,7 +43,7 @@ class Prices:
 class Pricing:
     """The prices of one program's values; flops are counted once per signature, computing is priced once per value.
 
-    What is ``late`` depends on more than the forward pass knows, which cannot keep it.
+    What is ``late`` is no forward pass' to keep that ran before.
     """
 
     prices: Prices

@@ -59,13 +59,19 @@ def demands_of(graph: fx.Graph) -> Demands:
 
 
 def late_nodes(program: Program) -> frozenset[fx.Node]:
-    """The nodes of a joint graph that depend on rows which are not known before the forward pass has run."""
+    """The nodes of a joint graph that a forward pass cannot leave which ran before rows were known.
+
+    They depend on these rows, or on nothing at all: masks of rows are made of such, which no other forward pass has.
+    """
     late = {spec.node for spec in program.inputs if spec.kind is InputKind.LATE_ROWS}
     found: set[fx.Node] = set()
+    free: set[fx.Node] = set()
     for node in program.graph.nodes if late else ():
+        if node.op == "call_function" and free.issuperset(node.all_input_nodes):
+            free.add(node)
         if node.name in late or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
-    return frozenset(found)
+    return frozenset(found | free)
 
 
 def retained(
