@@ -1,10 +1,11 @@
-"""Relevance in bfloat16 under a float32 model: what it saves and what it loses.
+"""Relevance in bfloat16 under a float32 model, with and without prepared weights: what it saves and what it loses.
 
     python bench/precision.py [--out FOLDER] [--repeats N] [--models NAME ...]
 
 Composite attnlrp, attributions alone, beside eager input x gradient and ours in float32; they take turns. The error is
 that which `report(measure_error=True)` gives: against float64 on the same input, relative to the norm of relevance.
 Products in bfloat16 are fast on processors that have instructions for them; the first line says which this one has.
+Prepared weights stay from call to call, and are not part of the megabytes for relevance.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from workloads import TIMED, Workload, input_x_gradient, timed
 
 from lrp_compiler import compile_for_lrp
 
-HEADER = ("model", "relevance in", "median ms", "p20", "p80", "x input x gradient", "error", "MB for relevance")
+HEADER = ("model", "relevance in", "median ms", "p20", "p80", "x input x gradient", "error", "MB for relevance", "MB prepared")
+PREPARED = ", weights prepared"
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 def instructions() -> str:
@@ -28,10 +31,11 @@ def instructions() -> str:
 
 
 def rows(work: Workload, repeats: int) -> list[list[str]]:
-    """A line for each dtype: median, p20, p80, ratio, error, what a tape keeps and relevance takes at most."""
+    """A line for each variant: median, p20, p80, ratio, error, what relevance takes at most, what stays of weights."""
     modules = {
-        name: compile_for_lrp(work.model, "attnlrp", relevance_dtype=given)
-        for name, given in (("float32", None), ("bfloat16", torch.bfloat16))
+        name + suffix: compile_for_lrp(work.model, "attnlrp", relevance_dtype=given, prepare_weights=bool(suffix))
+        for name, given in DTYPES.items()
+        for suffix in ("", PREPARED)
     }
     calls = {name: partial(module.attribute, work.x, work.target) for name, module in modules.items()}
     taken = in_turns({"": partial(input_x_gradient, work), **calls}, repeats)
@@ -42,8 +46,8 @@ def rows(work: Workload, repeats: int) -> list[list[str]]:
         report = module.report(work.x, target=work.target, measure_error=True)
         assert report.error is not None
         ratio = f"{statistics.median(taken[name]) / bar:.2f}"
-        memory = f"{report.memory.peak / 1e6:.1f}"
-        lines.append([work.name, name, *figures, ratio, f"{report.error.relative:.1e}", memory])
+        memory = [f"{size / 1e6:.1f}" for size in (report.memory.peak, report.prepared.bytes)]
+        lines.append([work.name, name, *figures, ratio, f"{report.error.relative:.1e}", *memory])
     return lines
 
 
