@@ -19,7 +19,17 @@ from workloads import TIMED, Workload, input_x_gradient, timed
 
 from lrp_compiler import compile_for_lrp
 
-HEADER = ("model", "relevance in", "median ms", "p20", "p80", "x input x gradient", "error", "MB for relevance", "MB prepared")
+HEADER = (
+    "model",
+    "relevance in",
+    "median ms",
+    "p20",
+    "p80",
+    "x input x gradient",
+    "error",
+    "MB for relevance",
+    "MB prepared",
+)
 PREPARED = ", weights prepared"
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
