@@ -181,6 +181,8 @@ class _Preparer:
         """A graph input with what a recipe makes of the size of ``node``, perhaps packed for so many rows."""
         with self.graph.inserting_after(self.behind):
             made = self.graph.placeholder(f"prepared_{node.name}")
+        # One weight may be packed for several numbers of rows: arguments are called by their targets.
+        made.target = made.name
         made.meta = {"val": value_of(node), FACTS: Facts(part="prepared", origin=node.name)}
         self.behind = made
         of, graph = recipe

@@ -151,6 +151,28 @@ def test_layouts_for_many_numbers_of_rows_do_not_add_up() -> None:
     assert len(kept) == 2 and all(len(layouts) == LAYOUTS for layouts in kept.values())
 
 
+@needs_packing
+def test_one_weight_packed_for_two_numbers_of_rows() -> None:
+    """As the last block of a transformer has it, where few tokens are live behind the products that all need."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.head = nn.Linear(WIDE, WIDE), nn.Linear(WIDE, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.linear(torch.relu(self.linear(x)).mean(1))))
+
+    torch.manual_seed(0)
+    model, x = Shared(), torch.randn(8, 4, WIDE)
+    module = compile_for_lrp(model, "attnlrp", prepare_weights=True)
+    exact = compile_for_lrp(Shared().double(), "attnlrp")
+    exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    for _ in range(2):
+        assert loss(module.attribute(x, 1), exact.attribute(x.double(), 1)) <= 8 * torch.finfo(torch.float32).eps
+    assert {one.packed_for for one in program_of(module, x).prepared_forward} == {8, 32}
+
+
 def changed_in_place(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
