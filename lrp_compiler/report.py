@@ -34,7 +34,7 @@ from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.demand import demands
 from lrp_compiler.passes.optable import op_name
 from lrp_compiler.passes.pipeline import Stage
-from lrp_compiler.passes.program import facts
+from lrp_compiler.passes.program import Program, facts
 from lrp_compiler.sites import site_table
 
 
@@ -240,6 +240,14 @@ def measured_conservation(ledger: Ledger) -> Conservation:
     return Conservation(ledger.seed, ledger.inputs, ledger.sink_totals())
 
 
+def recognised(program: Program) -> dict[str, int]:
+    """How often each kind of pattern and structure was recognised in a program whose ops have rules."""
+    nodes = list(forward_nodes_everywhere(program))
+    live = [node for node in nodes if facts(node).live and node.op == "call_function"]
+    patterns = [pattern.kind for node in live if (pattern := facts(node).pattern) is not None]
+    return dict(Counter([*patterns, *(one.kind for node in nodes for one in facts(node).structures)]))
+
+
 def make_report(
     model: str,
     stages: tuple[Stage, ...],
@@ -256,8 +264,6 @@ def make_report(
     """
     program = explained.program
     live = [node for node in forward_nodes_everywhere(program) if facts(node).live and node.op == "call_function"]
-    patterns = [pattern.kind for node in live if (pattern := facts(node).pattern) is not None]
-    structures = [one.kind for node in forward_nodes_everywhere(program) for one in facts(node).structures]
     flowing = [node for node in live if facts(node).flows and facts(node).rule is not None]
     names = explained.explainable_outputs
     (chosen,) = executable.program.seeds
@@ -280,7 +286,7 @@ def make_report(
         relevance_ops=sum(node.op == "call_function" for node in relevance_nodes_everywhere(executable.program)),
         rules=dict(sorted(Counter((op_name(node), str(facts(node).rule)) for node in flowing).items())),
         stopped=dict(Counter(op_name(node) for node in live if facts(node).rule is not None and not facts(node).flows)),
-        patterns=dict(Counter([*patterns, *structures])),
+        patterns=recognised(program),
         buffers=attribution.program.buffers,
         memory=attribution.program.memory,
         demanded=len(demanded),

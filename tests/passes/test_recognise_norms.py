@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accuracy import relative_error
 from functions import Op
 from pairs import covering
+from recognised import patterns_in
 from torch import Tensor, nn
 
 from lrp_compiler import compile_for_lrp
@@ -85,7 +86,7 @@ def random(*shape: int) -> Tensor:
 
 
 def report_of(fn: Spelling, x: Tensor) -> dict[str, int]:
-    return compile_for_lrp(Op(fn), "attnlrp").report(x).patterns
+    return patterns_in(compile_for_lrp(Op(fn), "attnlrp"), x)
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -95,7 +96,7 @@ def test_rms_norms_pass_relevance_on(name: str, reference: bool) -> None:
     x, seed = random(2, 3, WIDTH), random(2, 3, WIDTH)
     model = Op(RMS_NORMS[name])
     explained = compile_for_lrp(model, "attnlrp", reference=reference)
-    assert explained.report(x).patterns == {"rms_norm": 1}
+    assert patterns_in(explained, x) == {"rms_norm": 1}
     out, tape = explained.run(x)
     assert torch.equal(out, model(x))
     assert relative_error(tape.relevance(seed), seed * out.detach()) <= FLOAT64
@@ -105,7 +106,7 @@ def test_rms_norms_pass_relevance_on(name: str, reference: bool) -> None:
 def test_casts_do_not_hide_a_norm(fn: Spelling) -> None:
     x = torch.randn(2, WIDTH)
     explained = compile_for_lrp(Op(fn), "attnlrp")
-    assert explained.report(x).patterns == {"rms_norm": 1}
+    assert patterns_in(explained, x) == {"rms_norm": 1}
     out, tape = explained.run(x)
     seed = torch.randn_like(out)
     torch.testing.assert_close(tape.relevance(seed), (seed * out).detach().to(x.dtype))
@@ -148,7 +149,7 @@ def test_layer_norms_follow_the_ln_rule(name: str) -> None:
     """R_x = x times the derivative with the deviation held constant (CP-LRP)."""
     x, seed = random(2, 3, WIDTH), random(2, 3, WIDTH)
     explained = compile_for_lrp(Op(LAYER_NORMS[name]), "attnlrp")
-    assert explained.report(x).patterns == {"layer_norm": 1}
+    assert patterns_in(explained, x) == {"layer_norm": 1}
     leaf = x.clone().requires_grad_()
     deviation = torch.sqrt(leaf.var(-1, unbiased=False, keepdim=True) + EPS).detach()
     (grad,) = torch.autograd.grad(centred(leaf) / deviation, leaf, seed)
@@ -170,7 +171,7 @@ def test_layer_norms_are_what_torchs_is_under_every_composite(name: str, composi
 def test_unbiased_deviations_are_held_constant_too() -> None:
     x, seed = random(2, WIDTH), random(2, WIDTH)
     explained = compile_for_lrp(Op(lambda x: centred(x) / (x.std(-1, keepdim=True) + EPS)), "attnlrp")
-    assert explained.report(x).patterns == {"layer_norm": 1}
+    assert patterns_in(explained, x) == {"layer_norm": 1}
     weighted = seed / (x.std(-1, keepdim=True) + EPS)
     expected = x * (weighted - weighted.mean(-1, keepdim=True))
     assert relative_error(explained.attribute(x, seed), expected) <= FLOAT64
@@ -197,7 +198,7 @@ def test_what_others_read_of_a_norm_keeps_its_own_rule() -> None:
     """The centred value is an output too: it stays an op, and the norm is one of the centred value."""
     x, seed = random(2, WIDTH), random(2, 2 * WIDTH)
     explained = compile_for_lrp(Op(shared_centring), "attnlrp")
-    assert explained.report(x).patterns == {"rms_norm": 1}
+    assert patterns_in(explained, x) == {"rms_norm": 1}
     leaf = x.clone().requires_grad_()
     deviation = centred(leaf)
     scale = torch.sqrt(mean_square(deviation) + EPS).detach()
@@ -265,7 +266,7 @@ def test_weight_norms_are_known(spelling: str) -> None:
     """The weight is a constant to the input's relevance: x times W^T c."""
     model, x, seed = Weighted(spelling).double(), random(3, WIDTH), random(3, 4)
     explained = compile_for_lrp(model, "attnlrp")
-    assert explained.report(x).patterns == {"weight_norm": 1}
+    assert patterns_in(explained, x) == {"weight_norm": 1}
     leaf = x.clone().requires_grad_()
     (grad,) = torch.autograd.grad(model(leaf), leaf, seed)
     assert relative_error(explained.attribute(x, seed), x * grad) <= FLOAT64
@@ -275,4 +276,4 @@ def test_a_weight_over_another_norm_is_no_weight_norm() -> None:
     model = Weighted("torch").double()
     model.fn = lambda x: F.linear(x, model.v / model.g.norm(dim=1, keepdim=True))
     model.forward = model.fn
-    assert compile_for_lrp(model, "attnlrp").report(random(3, WIDTH)).patterns == {}
+    assert patterns_in(compile_for_lrp(model, "attnlrp"), random(3, WIDTH)) == {}

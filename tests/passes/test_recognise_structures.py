@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from recognised import patterns_in
 from torch import Tensor, nn
 
 from lrp_compiler import compile_for_lrp
@@ -43,7 +44,7 @@ def patterns_of(fn: Callable[[Any, Tensor], Tensor], x: Tensor | None = None) ->
     assert torch.equal(out, model(x))
     ledger = tape.ledger(torch.randn(out.shape, dtype=out.dtype))
     assert max(row.relative_gap for row in ledger.rows) <= 1e-10
-    return explained.report(x).patterns
+    return patterns_in(explained, x)
 
 
 # --- rotary -------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def test_rotary_spellings(name: str) -> None:
 
 def test_complex_rotations() -> None:
     x = torch.randn(2, HEADS, TOKENS, WIDTH)
-    assert compile_for_lrp(Function(rotated_as_complex), "attnlrp").report(x).patterns == {"rotary": 1}
+    assert patterns_in(compile_for_lrp(Function(rotated_as_complex), "attnlrp"), x) == {"rotary": 1}
 
 
 @pytest.mark.parametrize("name", NO_ROTARY)
@@ -245,7 +246,7 @@ def test_masked_means(name: str) -> None:
     model = Pooled({**POOLS, **NO_POOLS}[name]).double()
     ids, mask = torch.randint(9, (2, TOKENS)), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     explained = compile_for_lrp(model, "attnlrp")
-    assert explained.report(ids, mask).patterns == ({"masked_mean": 1} if name in POOLS else {})
+    assert patterns_in(explained, ids, mask) == ({"masked_mean": 1} if name in POOLS else {})
     if name in POOLS:
         seed = torch.randn(2, WIDTH, dtype=torch.float64)
         share = model.embedding(ids).detach() * (mask.double() / mask.sum(1, keepdim=True))[..., None]

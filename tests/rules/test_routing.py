@@ -12,6 +12,7 @@ import transformers
 from accuracy import relative_error
 from catalogue import agreement
 from gallery import InDouble
+from recognised import patterns_in
 from torch import Tensor, nn
 
 from lrp_compiler import Token, compile_for_lrp, composites
@@ -97,7 +98,7 @@ def test_a_constant_router_leaves_everything_to_the_experts(spelling: str, refer
     model, x, seed = Mixture(spelling).double(), random(TOKENS, WIDTH), random(TOKENS, WIDTH)
     composite = composites.with_router(composites.attnlrp(), "constant")
     explained = compile_for_lrp(model, composite, reference=reference)
-    assert explained.report(x).patterns == {"routing": EXPERTS if spelling == "scattered" else 1}
+    assert patterns_in(explained, x) == {"routing": EXPERTS if spelling == "scattered" else 1}
     found = explained.attribute(x, seed)
     leaf = x.clone().requires_grad_()
     model.router = "constant"
@@ -159,7 +160,7 @@ class Hybrid(nn.Module):
 
 @pytest.mark.parametrize("kind", ["pooled_nodes", "sparse_attention", "largest_inputs"])
 def test_other_top_ks_are_no_routers(kind: str) -> None:
-    assert compile_for_lrp(Hybrid(kind), "attnlrp").report(torch.randn(TOKENS, WIDTH)).patterns == {}
+    assert patterns_in(compile_for_lrp(Hybrid(kind), "attnlrp"), torch.randn(TOKENS, WIDTH)) == {}
 
 
 def mixtral() -> nn.Module:
@@ -187,7 +188,7 @@ def test_routers_of_language_models(build: Callable[[], nn.Module]) -> None:
     ids = torch.randint(50, (2, 5))
     with InDouble(), torch.no_grad():
         explained = compile_for_lrp(model, "attnlrp")
-        patterns = explained.report(input_ids=ids).patterns
+        patterns = patterns_in(explained, input_ids=ids)
         assert patterns["routing"] == 2 and patterns["gated_mlp"] == 2 and patterns["rotary"] == 4
         for composite in (composites.attnlrp(), composites.with_router(composites.attnlrp(), "constant")):
             explained = compile_for_lrp(explained, composite)

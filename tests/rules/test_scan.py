@@ -11,6 +11,7 @@ from catalogue import agreement
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import covering
+from recognised import patterns_in
 from state_space import (
     SPELLINGS,
     MambaBlock,
@@ -93,7 +94,7 @@ def test_a_mamba_block_is_explained_by_mamba_lrp(scan: Callable[..., Tensor], co
     explained = compile_for_lrp(block, composite)
     out, tape = explained.run(x)
     assert out.equal(block(x))
-    assert explained.report(x).patterns["scan"] == 1
+    assert patterns_in(explained, x)["scan"] == 1
     expected = explained_by_autograd(block.restated, x, seed)
     assert agreement(explained, x, tape.relevance(seed), expected, "MambaLRP by detach") <= FLOAT64
 
@@ -155,7 +156,7 @@ def test_gradients_see_the_loop_op_by_op() -> None:
     block, x, seed = MambaBlock(as_hugging_face).double(), random(2, 4, 3), random(2, 4, 3)
     explained = compile_for_lrp(block, "input_x_gradient")
     assert relative_error(explained.attribute(x, seed), explained_by_autograd(block, x, seed)) <= FLOAT64
-    assert not explained.report(x).patterns
+    assert not patterns_in(explained, x)
 
 
 class Loop(nn.Module):
@@ -184,7 +185,7 @@ class Loop(nn.Module):
 def test_what_is_no_scan_is_left_alone(kind: str, steps: int) -> None:
     explained = compile_for_lrp(Loop(kind), "attnlrp")
     inputs = (torch.randn(2, steps, 3), torch.randn(2, steps, 3))
-    assert "scan" not in explained.report(*inputs).patterns
+    assert "scan" not in patterns_in(explained, *inputs)
 
 
 class Surrounded(nn.Module):
@@ -316,7 +317,7 @@ def test_linear_attention_with_constant_maps(fn: Callable[..., Tensor], normalis
 
     explained = compile_for_lrp(model, composite)
     _, tape = explained.run(x)
-    assert explained.report(x).patterns == {"linear_attention": 2}
+    assert patterns_in(explained, x) == {"linear_attention": 2}
     expected = explained_by_autograd(restated, x, seed)
     assert agreement(explained, x, tape.relevance(seed), expected, "constant maps by detach") <= FLOAT64
     assert max(row.relative_gap for row in tape.ledger(seed).rows) <= CONSERVING
@@ -349,7 +350,7 @@ def test_quadratic_products_are_no_linear_attention() -> None:
             return (q @ k.mT) @ v
 
     inputs = (torch.randn(2, 5, 3), torch.randn(2, 5, 3), torch.randn(2, 5, 3))
-    assert not compile_for_lrp(Quadratic(), "cp_lrp").report(*inputs).patterns
+    assert not patterns_in(compile_for_lrp(Quadratic(), "cp_lrp"), *inputs)
 
 
 def test_half_shares_evenly() -> None:
