@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
+from typing import get_type_hints
 
 from harness import markdown, spread, write, write_csv
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -104,15 +107,36 @@ def figure(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def sections(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+def panels(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """The lines of each model, batch size and device, with a title."""
-    found = groupby(rows, key=lambda row: (row.device, row.model, row.batch))
-    return [(f"{model}, batch {batch}, {device}", list(group)) for (device, model, batch), group in found]
+    found = groupby(rows, key=lambda row: (row.model, row.batch, row.device))
+    return [(title_of(*key), list(group)) for key, group in found]
+
+
+def title_of(model: str, batch: int, device: str) -> str:
+    """What the section of a model is called."""
+    return f"{model}, batch {batch}, {device}"
+
+
+@dataclass
+class Section:
+    """All that is known of one model, batch size and device; ``origin`` says which command found it, and where."""
+
+    title: str
+    origin: str = ""
+    rows: list[Row] = field(default_factory=list)
+    gate: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"## {self.title}", self.origin, markdown(HEADER, map(cells, self.rows))]
+        for heading, lines in (("Agreement:", self.gate), ("Left out:", self.left_out)):
+            if lines:
+                parts.append("\n".join([heading, "", *(f"* {line}" for line in lines)]))
+        return "\n\n".join(parts)
 
 
 TEXT = """# Relevance: ours and every peer
-
-`{command}` on {machine}.
 
 Random weights, float32 throughout{dtype}. One process per provider; calls take turns within one run. Milliseconds of
 forward and relevance together; ratios are to the plain forward and to eager input x gradient (parameters frozen) of
@@ -121,23 +145,24 @@ grows by. The first call includes compilation. Unaccounted is the share of the e
 inputs nor, for ours, in sinks; peers have no sinks, so what biases absorb counts. "With outputs" returns the model's
 output too, and leaves as much unaccounted; without, attributions alone. With "weights prepared" (the option
 `prepare_weights`) the first call also makes what weights alone decide, up to two copies of each: they stay, as the
-model does, above which memory is measured. Where rules are the same, providers agreed before anything was timed:
+model does, above which memory is measured. Where rules are the same, providers agreed before anything was timed.
 
-{gate}
-
-{tables}
-{left_out}"""
+{sections}
+"""
 
 
-def text_of(
-    rows: Sequence[Row], command: str, machine: str, dtype: str, gate: Sequence[str], left_out: Sequence[str]
-) -> str:
+def text_of(sections: Iterable[str], dtype: str) -> str:
     """The generated document."""
-    tables = "\n\n".join(f"## {title}\n\n{markdown(HEADER, map(cells, group))}" for title, group in sections(rows))
-    missing = "\n## Left out\n\n" + "\n".join(f"* {line}" for line in left_out) + "\n" if left_out else ""
     low = "" if dtype == "fp32" else f", relevance of ours in {dtype}"
-    lines = "\n".join(f"* {line}" for line in gate)
-    return TEXT.format(command=command, machine=machine, dtype=low, gate=lines, tables=tables, left_out=missing)
+    return TEXT.format(dtype=low, sections="\n\n".join(sections))
+
+
+def sections_in(path: Path) -> dict[str, str]:
+    """The sections of a document written before, by title."""
+    if not path.exists():
+        return {}
+    _, *found = re.split(r"^(?=## )", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {text.splitlines()[0].removeprefix("## "): text.strip() for text in found}
 
 
 COLOURS = {"ours": "tab:blue", "LXT": "tab:orange", "zennit": "tab:green", "Captum": "tab:purple", "Dynamic": "tab:red"}
@@ -150,11 +175,11 @@ def colour(provider: str) -> str:
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
     """Bars of the ratio to input x gradient, a panel per model and batch size."""
-    panels = sections(rows)
-    heights = [len(group) for _, group in panels]
+    parts = panels(rows)
+    heights = [len(group) for _, group in parts]
     page = Figure(figsize=(9, 0.8 + sum(0.24 * height + 0.6 for height in heights)), layout="constrained")
-    axes = page.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (title, group) in zip(axes, panels, strict=True):
+    axes = page.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, group) in zip(axes, parts, strict=True):
         names = [row.provider for row in group]
         ratios = [row.x_input_x_gradient for row in group]
         bars = axis.barh(names, ratios, color=[colour(name) for name in names])
@@ -175,9 +200,39 @@ def stem(batch: int, dtype: str) -> str:
     return "-".join(part for part in parts if part)
 
 
-def write_all(folder: Path, stem: str, rows: Sequence[Row], machine: str, text: str) -> None:
-    """The CSV, the document and the plot, all of the same name."""
+def write_all(folder: Path, stem: str, machine: str, found: Sequence[Section], dtype: str) -> None:
+    """The CSV, the document and the plot, all of the same name; what other runs found of other models stays."""
+    news = {section.title for section in found}
+    known = [(where, row) for where, row in rows_in(folder / f"{stem}.csv") if title_of_row(row) not in news]
+    texts = {title: text for title, text in sections_in(folder / f"{stem}.md").items() if title not in news}
+    lines = [*known, *((machine, row) for section in found for row in section.rows)]
     names = [field.name for field in fields(Row)]
-    write_csv(folder / f"{stem}.csv", ("machine", *names), ((machine, *astuple(row)) for row in rows))
-    write(folder / f"{stem}.md", text)
-    plot(folder / f"{stem}.png", rows)
+    write_csv(folder / f"{stem}.csv", ("machine", *names), ((where, *astuple(row)) for where, row in lines))
+    write(folder / f"{stem}.md", text_of([*texts.values(), *map(str, found)], dtype))
+    plot(folder / f"{stem}.png", [row for _, row in lines])
+
+
+def title_of_row(row: Row) -> str:
+    """The title of the section that a line stands in."""
+    return title_of(row.model, row.batch, row.device)
+
+
+def rows_in(path: Path) -> list[tuple[str, Row]]:
+    """The lines of a CSV written before, each with its machine."""
+    if not path.exists():
+        return []
+    kinds = get_type_hints(Row)
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            (line.pop("machine"), Row(**{name: _as(kinds[name], text) for name, text in line.items()}))
+            for line in csv.DictReader(file)
+        ]
+
+
+def _as(kind: object, text: str) -> str | int | float | None:
+    """A cell of a CSV as a field of this type has it."""
+    if kind is str:
+        return text
+    if kind is int:
+        return int(text)
+    return float(text) if text else None

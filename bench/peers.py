@@ -12,7 +12,7 @@ published engine of DynamicLRP is compared where ``--dynamic-lrp`` points at a c
 
 With ``--out``, results go to FOLDER/<machine>/: peers.csv, the tables in peers.md, peers.png; of batch size 8 to
 peers-batch-8 of each, and with ``--dtype bf16``, which has ours compute relevance in bfloat16 and leaves everybody else
-as it is, to peers-bf16.
+as it is, to peers-bf16. What these files know of models that are not asked for stays in them.
 """
 
 from __future__ import annotations
@@ -24,50 +24,39 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from harness import DTYPES, command, machine, machine_folder, show
 from peer_comparison import BARS, Case, Comparison, applying
-from peer_report import HEADER, Row, cells, rows_of, stem, text_of, write_all
+from peer_report import HEADER, Section, cells, rows_of, stem, title_of, write_all
 from providers.registry import PROVIDERS
 from workloads import COMPARED, ENTRIES
 
 VERSIONED = ("transformers", "zennit", "lxt", "captum")
 
 
-@dataclass
-class Report:
-    """What is known so far of one device."""
-
-    rows: list[Row] = field(default_factory=list)
-    gate: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-
-def compare(case: Case, options: argparse.Namespace, report: Report) -> bool:
-    """Check and measure one model; False when the gate is red, or a bar or ours failed."""
+def compare(case: Case, options: argparse.Namespace, origin: str = "") -> tuple[bool, Section]:
+    """Check and measure one model; not green when the gate is red, or a bar or ours failed."""
     providers, obstacles = applying(case, options.providers)
-    report.left_out += [line for line in obstacles if line not in report.left_out]
     with tempfile.TemporaryDirectory() as folder, Comparison(case, Path(folder)) as comparison:
         found = comparison.check(providers)
-        title = f"{comparison.name}, batch {case.batch}, {case.device}"
+        section = Section(title_of(comparison.name, case.batch, case.device), origin)
         for verdict in found:
-            print(f"{title}: {verdict}", flush=True)
+            print(f"{section.title}: {verdict}", flush=True)
         is_green = not any(verdict.is_red for verdict in found) and all(bar in comparison.workers for bar in BARS)
         runs = comparison.measure(options.repeats, options.seconds) if is_green else []
         failures = comparison.failures
-    report.gate += [f"{title}: {verdict}" for verdict in found]
-    report.left_out += [f"{name} on {title}: {cause}" for name, cause in failures.items()]
+    section.gate = list(map(str, found))
+    section.left_out = [*obstacles, *(f"{name}: {cause}" for name, cause in failures.items())]
     for run in runs:
-        rows = rows_of(case.device, comparison.name, case.batch, run)
-        known = {row.provider for row in report.rows if (row.model, row.batch) == (comparison.name, case.batch)}
         # Both bars run with every group; the table shows them once.
-        report.rows += [row for row in rows if row.provider not in known]
+        known = {row.provider for row in section.rows}
+        rows = rows_of(case.device, comparison.name, case.batch, run)
+        section.rows += [row for row in rows if row.provider not in known]
     if not is_green:
-        print(f"{title}: the gate is red; nothing was timed", flush=True)
-    return is_green and not any(PROVIDERS[name].own for name in failures)
+        print(f"{section.title}: the gate is red; nothing was timed", flush=True)
+    return is_green and not any(PROVIDERS[name].own for name in failures), section
 
 
 def software(device: str) -> str:
@@ -91,21 +80,22 @@ def every_device(options: argparse.Namespace) -> bool:
 
 def every_model(device: str, batch: int, options: argparse.Namespace) -> bool:
     """Compare the models at one batch size, and write down what there is after each."""
-    report, where, is_green = Report(), software(device), True
-    asked = shlex.join(["python", "bench/peers.py", *sys.argv[1:]])
+    found: list[Section] = []
+    where, is_green = software(device), True
+    origin = f"`{shlex.join(['python', 'bench/peers.py', *sys.argv[1:]])}` on {where}."
     for key in options.models:
         entry, limits = ENTRIES[key], (options.threads, options.dtype, options.dynamic_lrp, options.patience)
-        before = len(report.rows)
-        is_green = compare(Case(entry, batch, device, *limits), options, report) and is_green
-        new = report.rows[before:]
-        if new:
-            show(f"{new[0].model}, batch {batch}, {where}", HEADER, map(cells, new))
-        if options.out and report.rows:
-            text = text_of(report.rows, asked, where, options.dtype, report.gate, report.left_out)
+        is_fine, section = compare(Case(entry, batch, device, *limits), options, origin)
+        is_green = is_fine and is_green
+        for line in section.left_out:
+            print(f"left out of {section.title}: {line}", flush=True)
+        if not section.rows:
+            continue
+        found.append(section)
+        show(f"{section.title}, {where}", HEADER, map(cells, section.rows))
+        if options.out:
             folder = options.out / machine_folder(device, options.threads)
-            write_all(folder, stem(batch, options.dtype), report.rows, where, text)
-    for line in report.left_out:
-        print(f"left out: {line}")
+            write_all(folder, stem(batch, options.dtype), where, found, options.dtype)
     return is_green
 
 

@@ -99,15 +99,14 @@ class InProcess:
 
 @pytest.fixture
 def compare(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Compare providers on the tiny network with workers in this process: (whether it is green, report)."""
+    """Compare providers on the tiny network with workers in this process: (whether it is green, section)."""
     monkeypatch.setattr(InProcess, "bench", bench, raising=False)
     monkeypatch.setattr(bench.peer_comparison, "Worker", InProcess)
 
     def run(*names: str) -> tuple[bool, Any]:
-        entry, report = bench.workloads.ENTRIES["tiny"], bench.peers.Report()
-        case = bench.peer_comparison.Case(entry, 2, "cpu", 1, "fp32", None, 60.0)
+        case = bench.peer_comparison.Case(bench.workloads.ENTRIES["tiny"], 2, "cpu", 1, "fp32", None, 60.0)
         options = argparse.Namespace(providers=bench.peers.matching(names), repeats=4, seconds=60.0)
-        return bench.peers.compare(case, options, report), report
+        return bench.peers.compare(case, options)
 
     return run
 
@@ -192,7 +191,7 @@ def test_ours_failing_fails_and_a_peer_failing_is_told(
     for name in ("Captum, epsilon", "ours, epsilon"):
         monkeypatch.setitem(bench.PROVIDERS, name, replace(bench.PROVIDERS[name], prepare=prepare, packages=()))
     is_green, report = compare("Captum, epsilon")
-    assert is_green and report.left_out == ["Captum, epsilon on tiny CNN, batch 2, cpu: ValueError: not here"]
+    assert is_green and report.left_out == ["Captum, epsilon: ValueError: not here"]
     is_green, report = compare("ours, epsilon")
     assert not is_green and len(report.rows) == 2
 
@@ -228,14 +227,35 @@ def test_ratios_are_to_the_bars_of_the_same_run(bench: SimpleNamespace, tmp_path
     assert [row.x_forward for row in rows] == [1.0, 2.0, 1.3]
     assert [row.x_input_x_gradient for row in rows] == [0.5, 1.0, 0.65]
     assert [row.peak_x_input_x_gradient for row in rows] == [0.4, 1.0, 0.6]
-    text = report.text_of(rows, "python bench/peers.py", "a machine", "fp32", ["they agree"], ["X: not installed"])
+    section = report.Section("net, batch 8, cpu", "`command` on a machine.", rows, ["they agree"], ["X: not installed"])
+    text = report.text_of([str(section)], "fp32")
     assert "| ours, attnlrp | 13.0 | 12.4 | 15.4 | 1.30 | 0.65 | 3 | 0.60 | 4 | 900 | 1.0e-07 |" in text
     assert "## net, batch 8, cpu" in text and "* they agree" in text and "* X: not installed" in text
-    report.write_all(tmp_path, "peers", rows, "a machine", text)
+    report.write_all(tmp_path, "peers", "a machine", [section], "fp32")
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "peers.md").read_text(encoding="utf-8") == text
     with (tmp_path / "peers.csv").open(encoding="utf-8", newline="") as file:
         written = list(csv.DictReader(file))
     assert [float(row["x_input_x_gradient"]) for row in written] == [0.5, 1.0, 0.65]
+
+
+def test_what_is_known_of_other_models_stays(bench: SimpleNamespace, tmp_path: Path) -> None:
+    report = bench.peer_report
+
+    def section(model: str, ours: float, gate: str) -> Any:
+        calls = {"plain forward": 10.0, "eager input x gradient": 20.0, "ours, attnlrp": ours}
+        run = [report.Measured(name, (taken,), 1.0) for name, taken in calls.items()]
+        return report.Section(f"{model}, batch 1, cpu", "", report.rows_of("cpu", model, 1, run), [gate])
+
+    report.write_all(tmp_path, "peers", "old", [section("A", 18.0, "a agrees"), section("B", 16.0, "b agrees")], "fp32")
+    report.write_all(tmp_path, "peers", "new", [section("C", 14.0, "c agrees"), section("A", 12.0, "a too")], "fp32")
+    known = report.rows_in(tmp_path / "peers.csv")
+    ours = [(where, row.model, row.median_ms) for where, row in known if row.provider == "ours, attnlrp"]
+    assert ours == [("old", "B", 16.0), ("new", "C", 14.0), ("new", "A", 12.0)]
+    assert known[0][1].conservation is None and known[0][1].calls == 1
+    text = (tmp_path / "peers.md").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith("* ")] == ["* b agrees", "* c agrees", "* a too"]
+    assert list(report.sections_in(tmp_path / "peers.md")) == [f"{name}, batch 1, cpu" for name in "BCA"]
 
 
 @pytest.mark.parametrize(
