@@ -107,6 +107,11 @@ class CapturedCall:
         """The graph's inputs that are the same in every call."""
         return tuple(spec.constant for spec in self.program.inputs if spec.constant is not None)
 
+    @cached_property
+    def has_constant_values(self) -> bool:
+        """Whether these are more than shapes."""
+        return all(map(has_values, self.constants))
+
     def bound(self, given: GivenCall) -> BoundCall | None:
         """A call by this program; None where it does not hold for the sizes, or for values that it has as constants."""
         sizes = self.binder.bind(given.leaves)
@@ -139,7 +144,8 @@ class BoundCall:
     @property
     def has_values(self) -> bool:
         """Whether none of its inputs is of the meta device or fake."""
-        return self.given.live.has_values and all(map(has_values, (*self.given.leaves, *self.captured.constants)))
+        given = self.given
+        return given.live.has_values and self.captured.has_constant_values and all(map(has_values, given.leaves))
 
     def inputs(self) -> list[Any]:
         """The values of the graph's placeholders, parameters as they are in this call."""

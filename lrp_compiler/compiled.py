@@ -7,7 +7,8 @@ from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.captures import BoundCall, CapturedCall, Captures
@@ -22,10 +23,12 @@ from lrp_compiler.passes.pipeline import Stage, emit, explain
 from lrp_compiler.passes.program import Constant, Program, Reading, Request, facts, is_float, value_of
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.settings import Settings
-from lrp_compiler.passes.sizes import Size, SizeBinder, Sizes
+from lrp_compiler.passes.sizes import Size, SizeBinder, Sizes, value_of_sizes
 from lrp_compiler.passes.specialise import can_specialise
 from lrp_compiler.registry import with_rules
 from lrp_compiler.sites import SiteRef, readings_of, resolve_sites, site_table
+
+Readings = tuple[tuple[str, Reading], ...]
 
 
 @dataclass
@@ -33,7 +36,7 @@ class ExplainedCall:
     """One kind of call with its composite and attributed inputs; code is made per request.
 
     ``binder``, the captured call's, tells the sizes of a call; ``prepared`` is what forward_requests made of requests,
-    ``seeds`` are those that were asked for.
+    ``seeds`` are those that were asked for, ``known_readings`` what ``readings`` has found.
     """
 
     stages: tuple[Stage, ...]
@@ -43,6 +46,7 @@ class ExplainedCall:
     specialised: dict[Request, bool] = field(default_factory=dict)
     prepared: dict[Request, Request] = field(default_factory=dict)
     seeds: KnownSeeds = field(default_factory=KnownSeeds)
+    known_readings: dict[Any, tuple[dict[SiteRef, Readings], Readings]] = field(default_factory=dict)
 
     @property
     def program(self) -> Program:
@@ -71,8 +75,13 @@ class ExplainedCall:
         leaves = enumerate(self.program.outputs)
         return {index: value_of(nodes[leaf]) for index, leaf in leaves if not isinstance(leaf, Constant)}
 
+    def output_like(self, index: int, sizes: Sizes) -> Tensor:
+        """What is of the shape, dtype and device of an output leaf, and takes no memory to speak of."""
+        fake = self.output_values[index]
+        return torch.zeros((), dtype=fake.dtype, device=fake.device).expand(value_of_sizes(fake.shape, sizes))
+
     @cached_property
-    def source_readings(self) -> tuple[tuple[str, Reading], ...]:
+    def source_readings(self) -> Readings:
         """What is read for the attributed inputs, each node once."""
         program = self.program
         kind: Reading = program.composite.readout if program.composite is not None else "relevance"
@@ -89,6 +98,18 @@ class ExplainedCall:
     def sites(self) -> dict[str, SiteRef]:
         """Every site of the call by label."""
         return site_table(self.program)
+
+    def readings(self, names: tuple[str, ...], kind: Reading, whole: bool) -> tuple[dict[SiteRef, Readings], Readings]:
+        """What is read for each site that ``names`` stand for, and each reading once; ``whole``, nothing is summed.
+
+        Found out once, as loops ask for the same. Raises UnknownSiteError.
+        """
+        key = (names, kind, whole)
+        if key not in self.known_readings:
+            refs = resolve_sites(self.program, list(names), self.sites)
+            of = {ref: tuple((node, kind) for node in ref.nodes) if whole else readings_of(ref, kind) for ref in refs}
+            self.known_readings[key] = of, tuple(dict.fromkeys(one for found in of.values() for one in found))
+        return self.known_readings[key]
 
     @cached_property
     def explainable_outputs(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.preparation import Preparation
-from lrp_compiler.passes.program import Constant, Mutation
+from lrp_compiler.passes.program import Cast, Constant, Mutation
 from lrp_compiler.passes.sizes import Sizes
 from lrp_compiler.prepared_weights import PreparedWeights
 
@@ -22,15 +22,28 @@ def run_forward(
     if torch.is_grad_enabled():
         executable = executable.plain
     program = executable.program
-    if program.prepared_forward:
-        named = dict(zip((spec.node for spec in program.inputs), inputs, strict=True))
-        inputs = [*inputs, *prepared_values(program.prepared_forward, named, weights)]
     with without_autocast():
-        values = executable.forward(sizes, *inputs)
+        values = forward_values(executable, inputs, sizes, weights)
     outputs = sum(not isinstance(leaf, Constant) for leaf in program.outputs)
     mutated = outputs + len(program.mutations)
     recorded = dict(zip(executable.recorded, values[mutated:], strict=True))
     return list(values[:outputs]), list(values[outputs:mutated]), recorded
+
+
+def forward_values(
+    executable: Executable, inputs: list[Any], sizes: Sizes, weights: PreparedWeights
+) -> tuple[Tensor, ...]:
+    """What the code of a forward pass returns: output leaves, mutated values, recorded values."""
+    program = executable.program
+    if program.prepared_forward:
+        named = dict(zip((spec.node for spec in program.inputs), inputs, strict=True))
+        inputs = [*inputs, *prepared_values(program.prepared_forward, named, weights)]
+    return executable.forward(sizes, *inputs)
+
+
+def cast_values(asked: tuple[Cast, ...], inputs: dict[str, Any], weights: PreparedWeights) -> list[Tensor]:
+    """The parameters among the inputs of a graph that relevance reads in another dtype, without history."""
+    return [weights.cast(inputs[cast.of], cast.dtype) for cast in asked]
 
 
 def prepared_values(asked: tuple[Preparation, ...], inputs: dict[str, Any], weights: PreparedWeights) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,9 +14,41 @@ from lrp_compiler.passes.cast_explicitly import current_autocast, is_trained
 from lrp_compiler.passes.program import TRACING
 
 
+class Nesting:
+    """How the leaves of arguments are nested, hashed once."""
+
+    def __init__(self, tree: pytree.TreeSpec) -> None:
+        self._tree = tree
+        self._hash = hash(tree)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Nesting) and self._tree == other._tree)
+
+
+@lru_cache(maxsize=256)
+def _flat(count: int, names: tuple[str, ...]) -> tuple[tuple[int, ...], Nesting]:
+    """In which order ``count`` arguments and those named are leaves when none is nested, and that nesting."""
+    named = {name: count + place for place, name in enumerate(names)}
+    order, tree = pytree.tree_flatten((tuple(range(count)), named))
+    return tuple(order), Nesting(tree)
+
+
+def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Nesting]:
+    """The leaves of arguments, and how they are nested; tensors are their own leaves, which need no look into trees."""
+    given = [*args, *kwargs.values()]
+    if all(isinstance(value, Tensor) for value in given):
+        order, nesting = _flat(len(args), tuple(kwargs))
+        return [given[place] for place in order], nesting
+    leaves, tree = pytree.tree_flatten((args, kwargs))
+    return leaves, Nesting(tree)
+
+
 @dataclass(frozen=True, eq=False)
 class GivenCall:
-    """The call ``model(*args, **kwargs)``: leaves and tree of its arguments, and what the model held when it was made.
+    """The call ``model(*args, **kwargs)``: its leaves and their nesting, and what the model held when it was made.
 
     Raises HookError for hooks that no compiled call would run.
     """
@@ -24,22 +57,22 @@ class GivenCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaves: list[Any]
-    tree: pytree.TreeSpec
+    nesting: Nesting
     live: Live
 
     @classmethod
     def of(cls, known: LiveModel, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GivenCall:
         """The call as of now; ``known`` is what was read of the model before."""
-        leaves, tree = pytree.tree_flatten((args, kwargs))
+        leaves, nesting = _flattened(args, kwargs)
         with TRACING:
-            return cls(model, args, kwargs, leaves, tree, known.read(model))
+            return cls(model, args, kwargs, leaves, nesting, known.read(model))
 
     def key(self) -> Any:
         """Everything but sizes that decides what it compiles to: arguments, the model's state, autocast."""
         devices = {leaf.device.type for leaf in self.leaves if isinstance(leaf, Tensor)}
         autocast = current_autocast(devices)
         trained = tuple(map(is_trained, self.leaves)) if autocast.dtypes else ()
-        return tuple(map(_leaf_key, self.leaves)), self.tree, self.live.state, autocast, trained
+        return tuple(map(_leaf_key, self.leaves)), self.nesting, self.live.state, autocast, trained
 
 
 def _leaf_key(leaf: Any) -> Any:

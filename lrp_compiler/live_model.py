@@ -90,7 +90,7 @@ class _Witness:
     are those with hooks.
     ``versions`` are those that the interpreter gave what is ``versioned`` when it was last found unchanged: while they
     stay, only ``empty`` ones need a look. ``guards`` compare tensors, with inference mode off and on; they take none
-    twice, and ``distinct`` are the places of those they take.
+    twice, and ``distinct`` are the places of those they take (None for all).
     """
 
     model: nn.Module
@@ -104,7 +104,7 @@ class _Witness:
     filled: list[Contents]
     lengths: list[int]
     identities: list[int]
-    distinct: list[int]
+    distinct: list[int] | None
     attributes: list[Any]
     versioned: list[Contents]
     versions: list[int]
@@ -114,14 +114,17 @@ class _Witness:
         """Parameters and buffers by place, if the model is in the same state."""
         try:
             versions = list(map(dict_version, self.versioned))
-            if versions != self.versions or self.hooked or any(self.empty):
+            is_same = versions == self.versions
+            if not is_same or self.hooked or any(self.empty):
                 if not self._same_modules():
                     return None
                 self.versions[:] = versions
             tensors = [kept[name] for kept, name in self.slots]
         except KeyError:
             return None
-        return tensors if self._same_tensors(tensors) else None
+        if not is_same and list(map(id, tensors)) != self.identities:
+            return None
+        return tensors if self._same_attributes(tensors) else None
 
     def _same_modules(self) -> bool:
         for contents, parts in self.modules:
@@ -134,15 +137,13 @@ class _Witness:
             return False
         return not [name for kept, name, value in self.fixed if kept[name] is not value]
 
-    def _same_tensors(self, tensors: list[Tensor]) -> bool:
-        if list(map(id, tensors)) != self.identities:
-            return False
+    def _same_attributes(self, tensors: list[Tensor]) -> bool:
         if not tensors:
             return True
         # What dispatches differently is another tensor to the guards.
         mode = torch.is_inference_mode_enabled()
         guards = self.guards.get(mode)
-        distinct = [tensors[place] for place in self.distinct]
+        distinct = tensors if self.distinct is None else [tensors[place] for place in self.distinct]
         with without_autocast():
             if guards is not None and guards.check(*distinct):
                 return True
@@ -185,6 +186,7 @@ def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Conte
     filled = [one[name] for one in contents for name in KEPT if name not in KINDS and one[name]]
     versioned = [*contents, *filled]
     identities = list(map(id, live.tensors))
+    distinct = list({one: place for place, one in enumerate(identities)}.values())
     return _Witness(
         model=model,
         state=live.state,
@@ -197,7 +199,7 @@ def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Conte
         filled=filled,
         lengths=list(map(len, filled)),
         identities=identities,
-        distinct=list({one: place for place, one in enumerate(identities)}.values()),
+        distinct=None if len(distinct) == len(identities) else distinct,
         attributes=list(map(ATTRIBUTES, live.tensors)),
         versioned=versioned,
         versions=list(map(dict_version, versioned)),

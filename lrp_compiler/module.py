@@ -28,6 +28,7 @@ from lrp_compiler.passes.program import Request
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.questions import Asked, How
 from lrp_compiler.random_numbers import DRAWING
+from lrp_compiler.repeated import RepeatedAttributions
 from lrp_compiler.report import Report, make_report, measured_conservation
 from lrp_compiler.seeds import Predicted, Target, reads_output
 from lrp_compiler.sites import Names, name_list
@@ -50,6 +51,7 @@ class LRPModule(nn.Module):
     _composite: str | Composite
     _options: Options
     _compiler: Compiler
+    _repeated: RepeatedAttributions
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class LRPModule(nn.Module):
         self.__dict__["_composite"] = composite
         self.__dict__["_options"] = options or Options()
         self.__dict__["_compiler"] = Compiler(composite, self._options, captures)
+        self.__dict__["_repeated"] = RepeatedAttributions(self._compiler.captures.weights)
 
     @property
     def training(self) -> bool:
@@ -240,32 +243,35 @@ class LRPModule(nn.Module):
         """
         single = isinstance(inputs, Tensor)
         given: tuple[Any, ...] = (inputs,) if isinstance(inputs, Tensor) else _attributable(inputs)
+        count = 1 if single else len(pytree.tree_leaves(given))
         extra = additional_forward_args
         more = () if extra is None else tuple(extra) if isinstance(extra, (tuple, list)) else (extra,)
         args, kwargs = (*given, *more), dict(sorted((forward_kwargs or {}).items()))
         with contextlib.nullcontext() if create_graph else torch.no_grad():
             call = self._compiler.bound(self._model, args, kwargs)
-            names = call.captured.arguments[: len(pytree.tree_leaves(given))]
-            references = by_input_name(baselines, names)
             once = not (return_convergence_delta or create_graph or self._options.verify != "off")
             how = How(output, per_dimension, create_graph)
             if once and not reads_output(target):
-                found = self._attributed(call, names, references, target, how)
+                attributions = self._attributed(call, count, baselines, target, how)
             else:
-                tape = self._opened(call, None, names, references, once=once)
+                names = call.captured.arguments[:count]
+                tape = self._opened(call, None, names, by_input_name(baselines, names), once=once)
                 tape.record()
                 found = tape.answered(tape.asked(target, names, tape.readout, how))
-            attributions = tuple(found[name] for name in names)
+                attributions = tuple(found[name] for name in names)
             result = attributions[0] if single else attributions
             if not return_convergence_delta:
                 return result
             seeded = tape.seeded_output(target, output, create_graph=create_graph)
             return result, seeded - sum(a.flatten(1).sum(1) for a in attributions)
 
-    def _attributed(
-        self, call: BoundCall, names: list[str], references: Baselines, target: Target, how: How
-    ) -> dict[str, Tensor]:
-        """The relevance of inputs for a target that does not look at outputs, which then need not be made."""
+    def _attributed(self, call: BoundCall, count: int, baselines: Any, target: Target, how: How) -> tuple[Tensor, ...]:
+        """Relevance of the first arguments for a target that does not look at outputs, which then need not be made."""
+        repeated = self._repeated.answer(call, (count, how), target) if baselines is None else None
+        if repeated is not None:
+            return repeated
+        names = call.captured.arguments[:count]
+        references = by_input_name(baselines, names)
         asked: list[tuple[Tape, Asked]] = []
 
         def ask(call: BoundCall, explained: ExplainedCall) -> Request:
@@ -274,9 +280,11 @@ class LRPModule(nn.Module):
             asked.append((tape, tape.asked(target, names, tape.readout, how)))
             return asked[-1][1].question.request
 
-        self._prepared(call, names, named_inputs(references), ask)
+        call, explained, _ = self._prepared(call, names, named_inputs(references), ask)
         tape, question = asked.pop()
-        return tape.answered(question)  # type: ignore[no-any-return]
+        self._repeated.learn(call, (count, how), explained, question, names)
+        found = tape.answered(question)
+        return tuple(found[name] for name in names)
 
     def report(
         self, *args: Any, wrt: Names = None, target: Target = None, measure_error: bool = False, **kwargs: Any

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.compiled import Compiler, ExplainedCall
-from lrp_compiler.forward_pass import prepared_values, run_forward, write_back
+from lrp_compiler.forward_pass import cast_values, prepared_values, run_forward, write_back
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import NoHistoryError, ReferenceModeError, SizesError, StaleTapeError
-from lrp_compiler.passes.program import Cast, Constant, InputKind, Program, Reading, Request, Result, is_float
+from lrp_compiler.passes.program import Constant, InputKind, Program, Reading, Request, Result, is_float
 from lrp_compiler.passes.reference import reference_relevance
-from lrp_compiler.passes.sizes import Sizes, value_of_sizes
+from lrp_compiler.passes.sizes import Sizes
 from lrp_compiler.prepared_weights import PreparedWeights
 from lrp_compiler.random_numbers import RandomNumbers, devices_of, draws_repeated
 from lrp_compiler.side_by_side import targets_side_by_side
@@ -59,7 +59,7 @@ class _Values:
 
     def lack(self, names: tuple[str, ...], history: bool) -> bool:
         """Whether one of ``names`` is missing here, or its ``history`` is if that is needed."""
-        return any(name not in self.known or (history and name in self.detached) for name in names)
+        return not all(map(self.known.__contains__, names)) or (history and not self.detached.isdisjoint(names))
 
     def add(self, values: dict[str, Tensor], *, has_history: bool) -> None:
         """Take over values; those without history take the place of none."""
@@ -163,11 +163,8 @@ class Recording:
         """The output leaves, or what is of their shape, dtype and device while the forward pass has not made them."""
         if not self.is_waiting:
             return self.outputs()
-        fakes = self._call.output_values
-        return {index: self._of_fake(fake) for index, fake in fakes.items() if isinstance(fake, Tensor)}
-
-    def _of_fake(self, fake: Tensor) -> Tensor:
-        return torch.zeros((), dtype=fake.dtype, device=fake.device).expand(value_of_sizes(fake.shape, self.sizes))
+        fakes = self._call.output_values.items()
+        return {index: self._call.output_like(index, self.sizes) for index, fake in fakes if isinstance(fake, Tensor)}
 
     def _tensor_leaves(self) -> list[int]:
         return [index for index, leaf in enumerate(self.program.outputs) if not isinstance(leaf, Constant)]
@@ -241,7 +238,10 @@ class Recording:
             executable = executable.plain
         values = [inputs[name] for name in executable.free] + [saved.known[name] for name in executable.saved]
         values += [self._references.known[name] for name in executable.reference]
-        values += [self._cast(cast, create_graph) for cast in executable.casts]
+        if create_graph:
+            values += [inputs[cast.of].to(cast.dtype) for cast in executable.casts]
+        else:
+            values += cast_values(executable.casts, inputs, self._weights)
         values += prepared_values(executable.program.prepared_relevance, inputs, self._weights)
         if differentiable and not create_graph:
             values = [value.detach() if isinstance(value, Tensor) else value for value in values]
@@ -257,11 +257,6 @@ class Recording:
                     self._give_up(question, saved)
                 results = code.consume(self.sizes, values) if code.takes_list else code(self.sizes, *values)
         return list(zip(executable.program.results, results, strict=True))
-
-    def _cast(self, cast: Cast, has_history: bool) -> Tensor:
-        """A parameter in the dtype of relevance; one with history is made for this answer alone."""
-        parameter = self._inputs[cast.of]
-        return parameter.to(cast.dtype) if has_history else self._weights.cast(parameter, cast.dtype)
 
     @property
     def _weights(self) -> PreparedWeights:

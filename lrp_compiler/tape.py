@@ -25,7 +25,7 @@ from lrp_compiler.questions import Asked, How, Questions
 from lrp_compiler.recording import Question, Recording, Results, Sites
 from lrp_compiler.seeds import Several, Target, reads_output
 from lrp_compiler.side_by_side import check_targets, chunks
-from lrp_compiler.sites import Names, SiteRef, is_glob, matching_names, name_list, readings_of, resolve_sites
+from lrp_compiler.sites import Names, SiteRef, is_glob, matching_names, name_list, resolve_sites
 
 Sinks = dict[str, dict[str, Tensor]]
 Masks = dict[str, Tensor]
@@ -286,11 +286,9 @@ class Tape:
 
     def asked(self, target: Target, at: Names, kind: Reading, how: How, through: Masks | None = None) -> Asked:
         """What ``relevance`` or ``coefficients`` will run; raises what they raise for arguments that do not fit."""
-        refs = resolve_sites(self.program, self._names_of(at), self._call.sites)
         # The interpreter knows values as they are.
         whole = how.per_dimension or self._compiler.options.reference
-        readings = {ref: tuple((node, kind) for node in ref.nodes) if whole else readings_of(ref, kind) for ref in refs}
-        nodes = tuple(dict.fromkeys(reading for found in readings.values() for reading in found))
+        readings, nodes = self._call.readings(tuple(self._names_of(at)), kind, whole)
         masks = self._masks(through or {})
         self._check_masks(masks)
         question = self._question(target, how.output, nodes, masks=masks, create_graph=how.create_graph)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -208,6 +209,14 @@ class Request:
     picks: tuple[Pick, ...] = ()
     keeps_outputs: bool = True
     kept: tuple[str, ...] = ()
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        # Calls look code up by it several times, and its names may be hundreds.
+        return self._hash
 
 
 @dataclass(frozen=True)
