@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lrp_compiler.captures import BoundCall, CapturedCall
 from lrp_compiler.compiled import ExplainedCall
+from lrp_compiler.entries import SparseSeed
 from lrp_compiler.forward_pass import cast_values, forward_values, prepared_values
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
@@ -24,7 +25,6 @@ from lrp_compiler.seeds import Target
 
 Counts = tuple[tuple[int, int], ...]
 """Dimension of an output -> how many rows of it are seeded."""
-
 
 Kind = tuple[int, How]
 """How many arguments are attributed, and how results are asked for."""
@@ -45,7 +45,7 @@ class RepeatedAttributions:
     def answer(self, call: BoundCall, kind: Kind, target: Target) -> tuple[Tensor, ...] | None:
         """Attributions by input; None where nothing is known yet of such a call and target. Raises TargetError."""
         found = self._known.get(call.captured, {}).get((kind, torch.is_inference_mode_enabled()))
-        if found is None or found.sizes is not call.sizes or torch.compiler.is_compiling() or not call.has_values:
+        if found is None or torch.compiler.is_compiling() or not call.has_values:
             return None
         return found.answer(call, target, self._weights)
 
@@ -55,9 +55,9 @@ class RepeatedAttributions:
             return
         known = self._known.setdefault(call.captured, {})
         key = (kind, torch.is_inference_mode_enabled())
-        if key not in known or known[key].sizes is not call.sizes:
+        if key not in known:
             (chosen,) = asked.question.request.outputs
-            known[key] = _Repeated(explained, call.sizes, explained.output_like(chosen, call.sizes))
+            known[key] = _Repeated(explained, chosen)
         known[key].learn(len(call.captured.program.inputs), asked, names)
 
 
@@ -69,16 +69,20 @@ def _is_repeatable(explained: ExplainedCall, question: Question) -> bool:
 
 
 class _Repeated:
-    """Attribution of the same inputs, of the same sizes, from the same output, for any target seeded on few rows.
+    """Attribution of the same inputs from the output leaf ``chosen``, for any target seeded on few rows."""
 
-    ``output`` is of the shape, dtype and device of what targets are for.
-    """
-
-    def __init__(self, explained: ExplainedCall, sizes: Sizes, output: Tensor) -> None:
-        self.sizes = sizes
+    def __init__(self, explained: ExplainedCall, chosen: int) -> None:
         self._explained = explained
-        self._output = output
+        self._chosen = chosen
         self._passes: dict[Counts, _Passes] = {}
+        self._last: tuple[Sizes, Tensor] | None = None
+
+    def output(self, sizes: Sizes) -> Tensor:
+        """What is of the shape, dtype and device of what targets are for; loops mostly have the sizes of last time."""
+        last = self._last
+        if last is None or last[0] is not sizes:
+            last = self._last = (sizes, self._explained.output_like(self._chosen, sizes))
+        return last[1]
 
     def learn(self, own: int, asked: Asked, names: Sequence[str]) -> None:
         """Take over how a question is answered; the call has ``own`` graph inputs, before those of rules."""
@@ -88,14 +92,11 @@ class _Repeated:
 
     def answer(self, call: BoundCall, target: Target, weights: PreparedWeights) -> tuple[Tensor, ...] | None:
         """Attributions by input; None where nothing is known yet for such a target. Raises TargetError."""
-        found = self._explained.seeds.of(self._output, (target,), ROWS_PER_SEEDED_ROW_WITH_FORWARD)
+        found = self._explained.seeds.of(self.output(call.sizes), (target,), ROWS_PER_SEEDED_ROW_WITH_FORWARD)
         if found is None:
             return None
-        seed = found[0]
-        passes = self._passes.get(tuple((dim, len(rows)) for dim, rows in seed.rows.items()))
-        if passes is None:
-            return None
-        return passes.run(call, self.sizes, [*seed.rows.values()], seed.values, weights)
+        passes = self._passes.get(tuple((dim, len(rows)) for dim, rows in found[0].rows.items()))
+        return None if passes is None else passes.run(call, found[0], weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,13 +132,11 @@ class _Passes:
             tuple(read[name] for name in names),
         )
 
-    def run(
-        self, call: BoundCall, sizes: Sizes, rows: list[Tensor], seed: Tensor, weights: PreparedWeights
-    ) -> tuple[Tensor, ...]:
+    def run(self, call: BoundCall, seed: SparseSeed, weights: PreparedWeights) -> tuple[Tensor, ...]:
         """The attributions; gradients must not be recorded."""
-        executable = self.executable
+        executable, sizes = self.executable, call.sizes
         assert executable.relevance is not None
-        inputs = [*call.inputs(), *self.constants, *rows]
+        inputs = [*call.inputs(), *self.constants, *seed.rows.values()]
         with without_autocast():
             made = forward_values(executable, inputs, sizes, weights)
             values = [inputs[place] for place in self.free]
@@ -147,7 +146,7 @@ class _Passes:
                 named = dict(zip(self.names, inputs, strict=True))
                 values += cast_values(executable.casts, named, weights)
                 values += prepared_values(executable.program.prepared_relevance, named, weights)
-            values.append(seed)
+            values.append(seed.values)
             # The list alone holds on to what the forward pass left: every value goes behind its last reader.
             del made
             results = executable.relevance.consume(sizes, values)

@@ -136,6 +136,19 @@ def test_sizes_dtypes_and_modes_change() -> None:
         assert torch.equal(explained.attribute(x, 1), anew(model, x, 1))
 
 
+def test_open_sizes_are_repeated_too(tapes: list[Tape]) -> None:
+    torch.manual_seed(0)
+    explained = compile_for_lrp(perceptron(), "attnlrp")
+    for batch in (2, 3, 4):
+        explained.attribute(sample(batch, WIDTH), 1)
+    known = len(tapes)
+    for batch in (5, 6, 5, 3):
+        found = explained.attribute(sample(batch, WIDTH), 1)
+        assert len(tapes) == known
+        torch.testing.assert_close(found, anew(explained.original, sample(batch, WIDTH), 1))
+        known = len(tapes)
+
+
 def change_in_place(model: nn.Module) -> None:
     with torch.no_grad():
         model[0].weight.mul_(2)  # type: ignore[index, union-attr, operator]
