@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.live_model import Live, LiveModel
-from lrp_compiler.passes.cast_explicitly import current_autocast, is_trained
+from lrp_compiler.passes.cast_explicitly import OFF, current_autocast, is_trained
 from lrp_compiler.passes.program import TRACING
 
 
@@ -69,10 +70,11 @@ class GivenCall:
 
     def key(self) -> Any:
         """Everything but sizes that decides what it compiles to: arguments, the model's state, autocast."""
-        devices = {leaf.device.type for leaf in self.leaves if isinstance(leaf, Tensor)}
-        autocast = current_autocast(devices)
-        trained = tuple(map(is_trained, self.leaves)) if autocast.dtypes else ()
-        return tuple(map(_leaf_key, self.leaves)), self.nesting, self.live.state, autocast, trained
+        what = (tuple(map(_leaf_key, self.leaves)), self.nesting, self.live.state)
+        if not torch._C._is_any_autocast_enabled():
+            return *what, OFF, ()
+        autocast = current_autocast(leaf.device.type for leaf in self.leaves if isinstance(leaf, Tensor))
+        return *what, autocast, tuple(map(is_trained, self.leaves)) if autocast.dtypes else ()
 
 
 def _leaf_key(leaf: Any) -> Any:

@@ -62,12 +62,13 @@ def late_nodes(program: Program) -> frozenset[fx.Node]:
     """The nodes of a joint graph that a forward pass cannot leave which ran before rows were known.
 
     They depend on these rows, or on nothing at all: masks of rows are made of such, which no other forward pass has.
+    What is drawn at random is the model's own.
     """
     late = {spec.node for spec in program.inputs if spec.kind is InputKind.LATE_ROWS}
     found: set[fx.Node] = set()
     free: set[fx.Node] = set()
     for node in program.graph.nodes if late else ():
-        if node.op == "call_function" and free.issuperset(node.all_input_nodes):
+        if node.op == "call_function" and is_repeatable(node) and free.issuperset(node.all_input_nodes):
             free.add(node)
         if node.name in late or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
