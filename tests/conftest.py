@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+QUICK = 3
+"""How many cases of a test ``make test`` runs."""
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     # Triton decides at its import whether its own functions are for the interpreter.
@@ -26,6 +29,20 @@ def pytest_configure(config: pytest.Config) -> None:
     examples = 10 if "not slow" in config.option.markexpr else 60
     settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=examples)
     settings.load_profile("here")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of each test with many cases a few, evenly spaced, are quick; the others run in CI and with make test-full."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for cases in tests.values():
+        quick = {round(place * (len(cases) - 1) / (QUICK - 1)) for place in range(QUICK)}
+        for place, case in enumerate(cases):
+            if len(cases) > QUICK and place not in quick:
+                case.add_marker("thorough")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -67,6 +67,7 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "digits.png").stat().st_size > 10_000
 
 
+@pytest.mark.thorough
 def test_penalised_relevance_makes_right_for_the_right_reasons() -> None:
     """What the example prints: an artefact costs half of the accuracy, and a penalty on its relevance gives it back."""
     command = [sys.executable, str(ROOT / "examples" / "right_for_the_right_reasons.py")]

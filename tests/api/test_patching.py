@@ -85,6 +85,7 @@ def correlation(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return torch.corrcoef(torch.stack(stacked))[0, 1].item()
 
 
+@pytest.mark.thorough
 def test_relp_is_closer_to_patching_than_attribution_patching() -> None:
     model = trained()
     clean, corrupted = pair()

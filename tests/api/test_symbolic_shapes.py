@@ -50,6 +50,7 @@ def relevance(explained: LRPModule, args: Any, kwargs: Any, target: Any) -> tupl
     return output, found if isinstance(found, dict) else {"input": found}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "composite"), CASES)
 def test_one_graph_serves_all_sizes(name: str, composite: str) -> None:
     """The first shape is traced as it is, open sizes give the same bits as a trace of each shape by itself."""
@@ -72,6 +73,7 @@ def test_one_graph_serves_all_sizes(name: str, composite: str) -> None:
     assert "symbolic (sizes differ: " in str(explained.compilations[1])
 
 
+@pytest.mark.thorough
 def test_a_tape_of_open_sizes_answers_every_question() -> None:
     case = zoo.build("bert", double=True)
     explained = compile_for_lrp(case.model, "attnlrp")

@@ -32,6 +32,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("ops", "dtype"), EVERY)
 def test_no_shipped_configuration_spills_on_sm_90(ops: list[str], dtype: str) -> None:
     """Every configuration, for every workload."""

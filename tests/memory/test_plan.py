@@ -182,6 +182,7 @@ def encoder(depth: int) -> tuple[nn.Module, Tensor]:
     return nn.Sequential(stack, nn.Flatten(), nn.Linear(64 * 128, 3)).eval(), torch.randn(1, 128, 64)
 
 
+@pytest.mark.thorough
 def test_least_memory_grows_as_the_square_root_of_the_depth() -> None:
     peaks: dict[float, list[int]] = {1.0: [], 0.0: []}
     for budget, found in peaks.items():

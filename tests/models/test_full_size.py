@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "bench" / "results" / "coverage.md"
 THE_15 = (
@@ -45,6 +47,7 @@ def test_the_committed_table_covers_all_15_models() -> None:
         assert covered == total and unique == unique_total and int(total.replace(",", "")) > 0
 
 
+@pytest.mark.thorough
 def test_a_fresh_run_of_the_cheapest_two_agrees(tmp_path: Path) -> None:
     """In a process of its own, as the command is run: bench/ lies on no test's path."""
     names, out = ["VGG16", "ResNet-50"], tmp_path / "coverage.md"

@@ -78,6 +78,7 @@ def test_verify_ledger_accepts_sound_relevance_in_float32(name: str) -> None:
     assert by_name(tape.relevance(case.target))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["llama", "llama_eager", "t5"])
 def test_models_that_cast_inside_close_to_that_precision(name: str) -> None:
     """Hugging Face computes RMSNorm (and eager softmax) in float32 even in float64 models: so closes the ledger."""

@@ -145,6 +145,7 @@ def test_reading_two_targets_at_once(kind: Kind) -> None:
         torch.testing.assert_close(found, tape.relevance(target))
 
 
+@pytest.mark.thorough
 def test_the_relevance_graph_does_not_grow_with_the_text(kind: Kind) -> None:
     explained = compile_for_lrp(randomised(kind.build()), "mamba_lrp")
     short, long = (explained.report(input_ids=torch.randint(0, 23, (1, length))) for length in (6, 15))

@@ -88,6 +88,7 @@ def work(blocks: int, composite: str) -> dict[str, int]:
     return lines
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("composite", ["attnlrp", pytest.param("deep_lift", marks=pytest.mark.slow)])
 def test_every_pass_is_linear_in_the_size_of_the_network(composite: str) -> None:
     work(1, composite)

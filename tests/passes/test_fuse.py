@@ -148,6 +148,7 @@ def test_kernels_take_the_place_of_what_rules_emit(name: str) -> None:
     assert_as_accurate(found, eager, exact.double(), 2.0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["llama", "alpha-beta"])
 def test_fused_relevance_can_be_differentiated_and_mapped(name: str) -> None:
     """With create_graph the references run, whose derivatives torch knows; several targets map over the kernels."""
@@ -227,6 +228,7 @@ def test_values_that_sinks_read_are_not_computed_twice() -> None:
     tape.ledger(case.target).check()
 
 
+@pytest.mark.thorough
 def test_kernels_do_what_ops_do_when_sizes_are_open() -> None:
     """From the second sequence length on one graph serves all: kernels take sizes as they come."""
     case = zoo.build("gpt2")

@@ -180,6 +180,7 @@ def qwen3_moe() -> nn.Module:
     return transformers.Qwen3MoeForCausalLM(config)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("build", [mixtral, qwen3_moe])
 def test_routers_of_language_models(build: Callable[[], nn.Module]) -> None:
     """Each layer's router is known; held constant it gets nothing, and both ledgers close."""
