@@ -8,6 +8,8 @@ from providers.base import Prepared, Provider, Setting, of_input_alone
 from torch import Tensor, nn
 from workloads import Entry
 
+from lrp_compiler.rules import Epsilon
+
 EPSILON = "Captum, epsilon"
 
 
@@ -20,13 +22,16 @@ def epsilon(setting: Setting) -> Prepared:
         if isinstance(layer, nn.ReLU):
             # Its hooks fail on values that are overwritten.
             layer.inplace = False
-    reshaping = [layer for layer in work.model.modules() if isinstance(layer, nn.Flatten)]
+    layers = list(work.model.modules())
+    # Its own epsilon is another than ours; it has no rule for a reshaped value, which hands all on by its own.
+    options = {layer: {"epsilon": Epsilon().epsilon} for layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))}
+    options |= {layer: {} for layer in layers if isinstance(layer, nn.Flatten)}
     lrp = captum.LRP(work.model)
 
     def call() -> Tensor:
-        for layer in reshaping:
-            # It has no rule for one and takes away given ones; by the epsilon rule a reshaped value hands all on.
-            layer.rule = rules.EpsilonRule()
+        for layer, given in options.items():
+            # A call takes given rules away.
+            layer.rule = rules.EpsilonRule(**given)
         relevance: Tensor = lrp.attribute(work.x.clone().requires_grad_(), work.target)
         return relevance.detach()
 
