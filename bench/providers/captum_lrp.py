@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 
 from providers.base import Prepared, Provider, Setting, of_input_alone
+from providers.zennit_composites import AGAINST_ZERO
 from torch import Tensor, nn
 from workloads import Entry
-
-from lrp_compiler.rules import Epsilon
 
 EPSILON = "Captum, epsilon"
 
@@ -22,16 +21,15 @@ def epsilon(setting: Setting) -> Prepared:
         if isinstance(layer, nn.ReLU):
             # Its hooks fail on values that are overwritten.
             layer.inplace = False
-    layers = list(work.model.modules())
-    # Its own epsilon is another than ours; it has no rule for a reshaped value, which hands all on by its own.
-    options = {layer: {"epsilon": Epsilon().epsilon} for layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))}
-    options |= {layer: {} for layer in layers if isinstance(layer, nn.Flatten)}
+    # All that it has the epsilon rule for, and what it has no rule for: a reshaped value hands all on by that one.
+    kinds = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
+    ruled = [layer for layer in work.model.modules() if isinstance(layer, kinds)]
     lrp = captum.LRP(work.model)
 
     def call() -> Tensor:
-        for layer, given in options.items():
+        for layer in ruled:
             # A call takes given rules away.
-            layer.rule = rules.EpsilonRule(**given)
+            layer.rule = rules.EpsilonRule(AGAINST_ZERO)
         relevance: Tensor = lrp.attribute(work.x.clone().requires_grad_(), work.target)
         return relevance.detach()
 
