@@ -109,13 +109,17 @@ def figure(value: float | None, form: str) -> str:
 
 def panels(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """The lines of each model, batch size and device, with a title."""
-    found = groupby(rows, key=lambda row: (row.model, row.batch, row.device))
-    return [(title_of(*key), list(group)) for key, group in found]
+    return [(title, list(group)) for title, group in groupby(rows, key=title_of_row)]
 
 
 def title_of(model: str, batch: int, device: str) -> str:
     """What the section of a model is called."""
     return f"{model}, batch {batch}, {device}"
+
+
+def title_of_row(row: Row) -> str:
+    """The title of the section that a line stands in."""
+    return title_of(row.model, row.batch, row.device)
 
 
 @dataclass
@@ -210,11 +214,6 @@ def write_all(folder: Path, stem: str, machine: str, found: Sequence[Section], d
     write_csv(folder / f"{stem}.csv", ("machine", *names), ((where, *astuple(row)) for where, row in lines))
     write(folder / f"{stem}.md", text_of([*texts.values(), *map(str, found)], dtype))
     plot(folder / f"{stem}.png", [row for _, row in lines])
-
-
-def title_of_row(row: Row) -> str:
-    """The title of the section that a line stands in."""
-    return title_of(row.model, row.batch, row.device)
 
 
 def rows_in(path: Path) -> list[tuple[str, Row]]:

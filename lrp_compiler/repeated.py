@@ -22,6 +22,7 @@ from lrp_compiler.prepared_weights import PreparedWeights
 from lrp_compiler.questions import ROWS_PER_SEEDED_ROW_WITH_FORWARD, Asked, How
 from lrp_compiler.recording import Question
 from lrp_compiler.seeds import Target
+from lrp_compiler.sites import value_at
 
 Counts = tuple[tuple[int, int], ...]
 """Dimension of an output -> how many rows of it are seeded."""
@@ -150,9 +151,4 @@ class _Passes:
             # The list alone holds on to what the forward pass left: every value goes behind its last reader.
             del made
             results = executable.relevance.consume(sizes, values)
-        return tuple(_sum([results[place] for place in places]) for places in self.summed)
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    """What embeddings of one token input add up to."""
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return tuple(value_at([results[place] for place in places]) for places in self.summed)

@@ -6,7 +6,8 @@ import difflib
 import fnmatch
 from dataclasses import dataclass
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from lrp_compiler.passes.branches import forward_nodes_everywhere
 from lrp_compiler.passes.errors import ArgumentError, UnknownSiteError
@@ -52,6 +53,11 @@ def readings_of(ref: SiteRef, kind: Reading) -> tuple[tuple[str, Reading], ...]:
     """What to read at the nodes of a site to get its ``kind``: relevance of tokens is summed over dimensions."""
     reading: Reading = "token_relevance" if ref.is_tokens and kind == "relevance" else kind
     return tuple((node, reading) for node in ref.nodes)
+
+
+def value_at(parts: list[Tensor]) -> Tensor:
+    """The value of one site from those of its nodes; embeddings of one token input add up."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def name_list(names: object, argument: str) -> list[str]:

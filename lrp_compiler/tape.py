@@ -25,7 +25,7 @@ from lrp_compiler.questions import Asked, How, Questions
 from lrp_compiler.recording import Question, Recording, Results, Sites
 from lrp_compiler.seeds import Several, Target, reads_output
 from lrp_compiler.side_by_side import check_targets, chunks
-from lrp_compiler.sites import Names, SiteRef, is_glob, matching_names, name_list, resolve_sites
+from lrp_compiler.sites import Names, SiteRef, is_glob, matching_names, name_list, resolve_sites, value_at
 
 Sinks = dict[str, dict[str, Tensor]]
 Masks = dict[str, Tensor]
@@ -299,7 +299,7 @@ class Tape:
         """The result of what was asked."""
         results = self._answer(asked.question, asked.target, asked.how.output, asked.how.create_graph)
         values = {(result.site, result.kind): value for result, value in results}
-        found = {ref.label: _gather([values[reading] for reading in read]) for ref, read in asked.readings.items()}
+        found = {ref.label: value_at([values[reading] for reading in read]) for ref, read in asked.readings.items()}
         if asked.is_summed:
             found |= {ref.label: summed_over_dimensions(found[ref.label]) for ref in asked.readings if ref.is_tokens}
         return self._gathered(found, asked.at)
@@ -373,9 +373,4 @@ def by_site(results: Results) -> dict[str, Tensor]:
 
 def _by_label(refs: list[SiteRef], values: dict[str, Tensor]) -> dict[str, Tensor]:
     """The values of sites from those of their nodes."""
-    return {ref.label: _gather([values[name] for name in ref.nodes]) for ref in refs}
-
-
-def _gather(parts: list[Tensor]) -> Tensor:
-    """The value of one site; embeddings of one token input add up."""
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return {ref.label: value_at([values[name] for name in ref.nodes]) for ref in refs}
