@@ -28,7 +28,8 @@ from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.pin import pin
 from lrp_compiler.passes.pipeline import CAPTURE, EMIT, EXPLAIN, compile_forward
 from lrp_compiler.passes.pipeline import run as run_pass
-from lrp_compiler.passes.program import Program, Request
+from lrp_compiler.passes.program import Program
+from lrp_compiler.passes.request import Request
 from lrp_compiler.passes.specialise import specialise
 
 T = TypeVar("T")

@@ -149,7 +149,7 @@ def promise_row(m: Measured) -> list[str]:
 
 
 KINDS = ("saved", "compressed", "recomputed", "view", "free")
-"""What promises are lowered to (``Buffer`` in ``passes/program.py``)."""
+"""What promises are lowered to (``Buffer`` in ``passes/buffers.py``)."""
 
 PROMISES = (
     "model",

@@ -21,14 +21,15 @@ import torch
 import transformers
 from harness import command, in_turns, machine, markdown, of_this_machine, show, write, write_csv
 from torch import Tensor
-from workloads import Workload, encoder, gpt2, input_x_gradient, resnet, vit
+from workloads import Workload, encoder, gpt2, input_x_gradient, resnet, roberta, vit
 
 from lrp_compiler import LRPModule, compile_for_lrp
 from lrp_compiler.memory import allocated_peak
 
-WORKLOADS = (vit, gpt2, resnet)
+WORKLOADS = (vit, roberta, gpt2, resnet)
 SETTINGS: dict[str, dict[str, Any]] = {
     "ours": {},
+    "ours, memory_budget=0.75": {"memory_budget": 0.75},
     "ours, memory_budget=0.5": {"memory_budget": 0.5},
     "ours, memory_budget=0.2": {"memory_budget": 0.2},
     "ours, memory_budget=0": {"memory_budget": 0.0},

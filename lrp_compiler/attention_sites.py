@@ -8,7 +8,8 @@ from torch import fx
 
 from lrp_compiler.passes.operation import DATA_OF_A_VALUE
 from lrp_compiler.passes.optable import OpClass, classify
-from lrp_compiler.passes.program import Program, Reading, facts, forward_nodes, module_path, tensor_of, value_of
+from lrp_compiler.passes.program import Program, facts, forward_nodes, module_path, tensor_of, value_of
+from lrp_compiler.passes.request import Reading
 
 
 @dataclass(frozen=True)

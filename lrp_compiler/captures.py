@@ -45,19 +45,24 @@ class RecompileWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False)
 class CapturedCall:
-    """One kind of call: the stages of its capture and the code of its forward pass.
+    """One kind of call: the stages of its capture.
 
     ``grad_modes`` says whether it serves calls that record gradients, that do not, or both.
     """
 
     stages: tuple[Stage, ...]
-    forward: Executable
     grad_modes: frozenset[bool]
 
     @property
     def program(self) -> Program:
         """The captured program."""
         return self.stages[-1].program
+
+    @cached_property
+    def forward(self) -> Executable:
+        """The code of the forward pass alone, made at its first use: attributions do without."""
+        with COMPILING, without_autocast():
+            return compile_forward(self.stages)
 
     @cached_property
     def binder(self) -> SizeBinder:
@@ -363,8 +368,11 @@ def _capture(
     grad_enabled = torch.is_grad_enabled()
     stages = capture_call(model, args, kwargs, kept, grad_enabled, dynamic)
     modes = {grad_enabled} if depends_on_grad_mode(stages) else {False, True}
-    with without_autocast():
-        return CapturedCall(stages, compile_forward(stages), frozenset(modes))
+    captured = CapturedCall(stages, frozenset(modes))
+    if captured.is_symbolic:
+        # What cannot do with open sizes has to say so before the graph is kept.
+        _ = captured.forward
+    return captured
 
 
 def _check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

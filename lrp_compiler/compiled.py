@@ -20,7 +20,8 @@ from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.draws import draws_numbers
 from lrp_compiler.passes.errors import OutputError, ReferenceModeError
 from lrp_compiler.passes.pipeline import Stage, emit, explain
-from lrp_compiler.passes.program import Constant, Program, Reading, Request, facts, is_float, value_of
+from lrp_compiler.passes.program import Constant, Program, facts, is_float, value_of
+from lrp_compiler.passes.request import Reading, Request
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.settings import Settings
 from lrp_compiler.passes.sizes import Size, SizeBinder, Sizes, value_of_sizes

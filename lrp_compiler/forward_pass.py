@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrp_compiler.captures import BoundCall
+from lrp_compiler.compiled import rebuild_output
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.preparation import Preparation
 from lrp_compiler.passes.program import Cast, Constant, Mutation
 from lrp_compiler.passes.sizes import Sizes
 from lrp_compiler.prepared_weights import PreparedWeights
+from lrp_compiler.random_numbers import DRAWING
+
+
+def output_of(call: BoundCall) -> Any:
+    """The model's own output; what the model changes in place is changed."""
+    executable = call.captured.forward
+    program, inputs = executable.program, call.inputs()
+    with without_autocast(), DRAWING if call.captured.is_random else contextlib.nullcontext():
+        values = executable.forward(call.sizes, *inputs)
+    outputs = len(values) - len(program.mutations)
+    if program.mutations:
+        names = [spec.node for spec in program.inputs]
+        write_back(program.mutations, dict(zip(names, inputs, strict=True)), list(values[outputs:]))
+    return rebuild_output(program, list(values[:outputs]), call.sizes)
 
 
 def run_forward(

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from lrp_compiler.compiled import Compiler, ExplainedCall
 from lrp_compiler.options import Options
-from lrp_compiler.passes.program import Pick, Program, Request, tensor_of
+from lrp_compiler.passes.program import Program, tensor_of
+from lrp_compiler.passes.request import Pick, Request
 from lrp_compiler.passes.sizes import hints
 from lrp_compiler.passes.specialise import can_specialise
 from lrp_compiler.sites import Names, name_list, readings_of, resolve_sites

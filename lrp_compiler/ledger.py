@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lrp_compiler.passes.errors import LedgerError, NonFiniteError
-from lrp_compiler.passes.program import Program, Result
+from lrp_compiler.passes.program import Program
+from lrp_compiler.passes.request import Result
 
 ROUNDING_STEPS = 4096
 """Rounding errors of one op, in units of eps times its total magnitude, that still count as closed."""

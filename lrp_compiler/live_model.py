@@ -1,11 +1,12 @@
 """A model as it is at one call: its parameters and buffers, and what else of it decides what calls compile to.
 
 Everything is read anew at every call. While nothing has changed since the last one, that takes a few comparisons for
-every module and parameter; else the model is walked again.
+every module and parameter; else the model is walked again. New hooks are looked for when torch has registered some.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter, is_, itemgetter
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards, dict_version
 
-from lrp_compiler.hooks import KINDS, refuse_global_hooks, refuse_hooks
+from lrp_compiler.hooks import KINDS, refuse_global_hooks, refuse_hooks, registrations
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.weightless import has_values
 
@@ -25,8 +26,8 @@ Contents = dict[str, Any]
 ATTRIBUTES = attrgetter("shape", "dtype", "device", "requires_grad")
 """What code depends on of a parameter; assigning ``data`` changes it in place and leaves no other trace."""
 
-KEPT = ("_parameters", "_buffers", "_modules", *KINDS)
-PARTS = itemgetter("training", *KEPT)
+HELD = ("_parameters", "_buffers", "_modules")
+PARTS = itemgetter("training", *HELD, *KINDS)
 """Of the ``vars`` of a module: its training flag and the dicts of parameters, buffers, children and hooks."""
 
 
@@ -60,7 +61,7 @@ class Live:
     """The state of a model at one call, its parameters and buffers by place, and whether these are more than shapes."""
 
     state: ModelState
-    tensors: list[Tensor]
+    tensors: tuple[Tensor, ...]
     has_values: bool
 
 
@@ -69,14 +70,21 @@ class LiveModel:
 
     def __init__(self) -> None:
         self._last: _Witness | None = None
+        self._registered = (-1, -1)
 
     def read(self, model: nn.Module) -> Live:
         """The model as it is now; raises HookError for hooks that no compiled call would run."""
-        refuse_global_hooks()
+        # Twice, as another thread may have been counted whose hook is not in place yet.
+        registered = (self._registered[1], registrations())
+        may_be_hooked = registered != self._registered
+        if may_be_hooked:
+            refuse_global_hooks()
         last = self._last
-        if last is not None and last.model is model and (tensors := last.unchanged()) is not None:
-            return Live(last.state, tensors, last.has_values)
-        self._last, live = _walk(model)
+        if last is None or last.model is not model or not last.is_unchanged(may_be_hooked):
+            self._last, live = _walk(model)
+        else:
+            live = last.live
+        self._registered = registered
         return live
 
 
@@ -84,47 +92,45 @@ class LiveModel:
 class _Witness:
     """What was seen when a model was walked, in the form in which it is compared the fastest.
 
-    ``slots`` are where parameters and buffers are kept, ``identities`` their ids, from which follows what is tied;
-    ``fixed`` is what else must be the same object: children, and parameters that are None. ``empty`` (hooks among them)
-    and ``filled`` (with their ``lengths``) are the dicts of all ``modules``, which stand with their PARTS; ``hooked``
-    are those with hooks.
+    ``slots`` are where the tensors of ``live`` are kept; ``fixed`` is what else must be the same object: children, and
+    parameters that are None. ``hookless`` (for hooks), ``empty`` and ``filled`` (with their ``lengths``) are the dicts
+    of all ``modules``, which stand with their PARTS; ``hooked`` are those with hooks.
     ``versions`` are those that the interpreter gave what is ``versioned`` when it was last found unchanged: while they
     stay, only ``empty`` ones need a look. ``guards`` compare tensors, with inference mode off and on; they take none
-    twice, and ``distinct`` are the places of those they take (None for all).
+    twice, and ``distinct`` are those they take.
     """
 
     model: nn.Module
-    state: ModelState
-    has_values: bool
+    live: Live
     modules: list[tuple[Contents, tuple[Any, ...]]]
     hooked: list[tuple[Contents, tuple[Any, ...]]]
     fixed: list[tuple[Contents, str, Any]]
     slots: list[tuple[Contents, str]]
+    hookless: tuple[Contents, ...]
     empty: tuple[Contents, ...]
     filled: list[Contents]
     lengths: list[int]
-    identities: list[int]
-    distinct: list[int] | None
+    distinct: tuple[Tensor, ...]
     attributes: list[Any]
     versioned: list[Contents]
     versions: list[int]
     guards: dict[bool, TensorGuards] = field(default_factory=dict)
 
-    def unchanged(self) -> list[Tensor] | None:
-        """Parameters and buffers by place, if the model is in the same state."""
-        try:
-            versions = list(map(dict_version, self.versioned))
-            is_same = versions == self.versions
-            if not is_same or self.hooked or any(self.empty):
-                if not self._same_modules():
-                    return None
-                self.versions[:] = versions
-            tensors = [kept[name] for kept, name in self.slots]
-        except KeyError:
-            return None
-        if not is_same and list(map(id, tensors)) != self.identities:
-            return None
-        return tensors if self._same_attributes(tensors) else None
+    def is_unchanged(self, may_be_hooked: bool) -> bool:
+        """Whether the model is in the same state; it has no new hooks unless it ``may_be_hooked``."""
+        versions = list(map(dict_version, self.versioned))
+        is_touched = versions != self.versions or self.hooked or any(self.empty)
+        if is_touched or (may_be_hooked and any(self.hookless)):
+            try:
+                if not self._same_modules() or not self._same_tensors():
+                    return False
+            except KeyError:
+                return False
+            self.versions[:] = versions
+        return self._same_attributes()
+
+    def _same_tensors(self) -> bool:
+        return all(kept[name] is tensor for (kept, name), tensor in zip(self.slots, self.live.tensors, strict=True))
 
     def _same_modules(self) -> bool:
         for contents, parts in self.modules:
@@ -133,24 +139,23 @@ class _Witness:
                 return False
         if any(hooks != _hooks_of(contents) for contents, hooks in self.hooked):
             return False
-        if any(self.empty) or list(map(len, self.filled)) != self.lengths:
+        if any(self.hookless) or any(self.empty) or list(map(len, self.filled)) != self.lengths:
             return False
         return not [name for kept, name, value in self.fixed if kept[name] is not value]
 
-    def _same_attributes(self, tensors: list[Tensor]) -> bool:
-        if not tensors:
+    def _same_attributes(self) -> bool:
+        if not self.distinct:
             return True
         # What dispatches differently is another tensor to the guards.
         mode = torch.is_inference_mode_enabled()
         guards = self.guards.get(mode)
-        distinct = tensors if self.distinct is None else [tensors[place] for place in self.distinct]
         with without_autocast():
-            if guards is not None and guards.check(*distinct):
+            if guards is not None and guards.check(*self.distinct):
                 return True
-            if list(map(ATTRIBUTES, tensors)) != self.attributes:
+            if list(map(ATTRIBUTES, self.live.tensors)) != self.attributes:
                 return False
             if guards is None:
-                self.guards[mode] = _guards(distinct)
+                self.guards[mode] = _guards(self.distinct)
         return True
 
 
@@ -168,7 +173,7 @@ def _walk(model: nn.Module) -> tuple[_Witness | None, Live]:
         for name, value in kept.items()
         if value is not None
     }
-    tensors = [kept[name] for kept, name in slots.values()]
+    tensors = tuple(kept[name] for kept, name in slots.values())
     owners: dict[int, int] = {}
     tied = [owners.setdefault(id(tensor), len(owners)) for tensor in tensors]
     weights = tuple(zip(tied, map(ATTRIBUTES, tensors), strict=True))
@@ -182,24 +187,20 @@ def _walk(model: nn.Module) -> tuple[_Witness | None, Live]:
 
 def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Contents, str]], live: Live) -> _Witness:
     contents = list(map(vars, modules))
-    dicts = [one[name] for one in contents for name in KEPT]
-    filled = [one[name] for one in contents for name in KEPT if name not in KINDS and one[name]]
+    filled = [one[name] for one in contents for name in HELD if one[name]]
     versioned = [*contents, *filled]
-    identities = list(map(id, live.tensors))
-    distinct = list({one: place for place, one in enumerate(identities)}.values())
     return _Witness(
         model=model,
-        state=live.state,
-        has_values=live.has_values,
+        live=live,
         modules=[(one, PARTS(one)) for one in contents],
         hooked=[(vars(module), _hooks_of(vars(module))) for module in filter(_has_hooks, modules)],
         fixed=[(kept, name, value) for kept in filled for name, value in kept.items() if not isinstance(value, Tensor)],
         slots=slots,
-        empty=tuple(kept for kept in dicts if not kept),
+        hookless=tuple(one[name] for one in contents for name in KINDS if not one[name]),
+        empty=tuple(one[name] for one in contents for name in HELD if not one[name]),
         filled=filled,
         lengths=list(map(len, filled)),
-        identities=identities,
-        distinct=None if len(distinct) == len(identities) else distinct,
+        distinct=tuple({id(tensor): tensor for tensor in live.tensors}.values()),
         attributes=list(map(ATTRIBUTES, live.tensors)),
         versioned=versioned,
         versions=list(map(dict_version, versioned)),
@@ -223,7 +224,7 @@ def _hooks_of(contents: Contents) -> tuple[Any, ...]:
     return tuple(hook for kind in KINDS for hook in (kind, *list(contents[kind].values())))
 
 
-def _guards(tensors: list[Tensor]) -> TensorGuards:
+def _guards(tensors: Sequence[Tensor]) -> TensorGuards:
     """What compares types, sizes, dtypes, devices and gradient flags of all tensors at once."""
     sizes = [list(tensor.shape) for tensor in tensors]
     strides: list[list[int | None]] = [[None] * len(shape) for shape in sizes]

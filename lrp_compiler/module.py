@@ -15,19 +15,17 @@ from torch.utils import _pytree as pytree
 
 from lrp_compiler.baselines import Baseline, Baselines, by_input_name, named_inputs, reference_inputs
 from lrp_compiler.captures import BoundCall, Captures, Compilation
-from lrp_compiler.compiled import Compiler, ExplainedCall, rebuild_output
+from lrp_compiler.compiled import Compiler, ExplainedCall
 from lrp_compiler.coverage import Coverage, measure_coverage
-from lrp_compiler.forward_pass import write_back
+from lrp_compiler.forward_pass import output_of
 from lrp_compiler.forward_requests import default_request, one_row, prepared_for_rows
 from lrp_compiler.measured_error import measured_error
 from lrp_compiler.options import Options
-from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.errors import ArgumentError, HookError, LRPError, UnknownInputError
 from lrp_compiler.passes.pipeline import Stage
-from lrp_compiler.passes.program import Request
+from lrp_compiler.passes.request import Request
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.questions import Asked, How
-from lrp_compiler.random_numbers import DRAWING
 from lrp_compiler.repeated import RepeatedAttributions
 from lrp_compiler.report import Report, make_report, measured_conservation
 from lrp_compiler.seeds import Predicted, Target, reads_output
@@ -148,15 +146,7 @@ class LRPModule(nn.Module):
             call = self._compiler.bound(self._model, args, kwargs)
         except HookError:
             return self._model(*args, **kwargs)
-        executable = call.captured.forward
-        program, inputs = executable.program, call.inputs()
-        with without_autocast(), DRAWING if call.captured.is_random else contextlib.nullcontext():
-            values = executable.forward(call.sizes, *inputs)
-        outputs = len(values) - len(program.mutations)
-        if program.mutations:
-            names = [spec.node for spec in program.inputs]
-            write_back(program.mutations, dict(zip(names, inputs, strict=True)), list(values[outputs:]))
-        return rebuild_output(program, list(values[:outputs]), call.sizes)
+        return output_of(call)
 
     def run(
         self,

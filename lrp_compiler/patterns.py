@@ -16,7 +16,8 @@ from lrp_compiler.passes.errors import NotAModelError, PatternFitError
 from lrp_compiler.passes.linear_map import linear_map
 from lrp_compiler.passes.operation import Operation
 from lrp_compiler.passes.optable import op_name
-from lrp_compiler.passes.program import Program, Request, facts, graph_inputs
+from lrp_compiler.passes.program import Program, facts, graph_inputs
+from lrp_compiler.passes.request import Request
 from lrp_compiler.passes.rules.pattern import PatternSite, weight_name
 from lrp_compiler.tape import Tape
 

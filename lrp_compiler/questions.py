@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrp_compiler.compiled import Compiler, ExplainedCall, output_names, rebuild_output
 from lrp_compiler.passes.errors import OutputError
-from lrp_compiler.passes.program import Pick, Reading, Request
+from lrp_compiler.passes.request import Pick, Reading, Request
 from lrp_compiler.recording import Question, Recording, Sites
 from lrp_compiler.seeds import Several, Target, reads_output, seeds_for
 from lrp_compiler.sites import Names, SiteRef

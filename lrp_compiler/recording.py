@@ -18,8 +18,9 @@ from lrp_compiler.forward_pass import cast_values, prepared_values, run_forward,
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.errors import NoHistoryError, ReferenceModeError, SizesError, StaleTapeError
-from lrp_compiler.passes.program import Constant, InputKind, Program, Reading, Request, Result, is_float
+from lrp_compiler.passes.program import Constant, InputKind, Program, is_float
 from lrp_compiler.passes.reference import reference_relevance
+from lrp_compiler.passes.request import Reading, Request, Result
 from lrp_compiler.passes.sizes import Sizes
 from lrp_compiler.prepared_weights import PreparedWeights
 from lrp_compiler.random_numbers import RandomNumbers, devices_of, draws_repeated

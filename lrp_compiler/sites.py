@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from lrp_compiler.passes.branches import forward_nodes_everywhere
 from lrp_compiler.passes.errors import ArgumentError, UnknownSiteError
-from lrp_compiler.passes.program import Constant, Program, Reading, facts, forward_nodes, tensor_of
+from lrp_compiler.passes.program import Constant, Program, facts, forward_nodes, tensor_of
+from lrp_compiler.passes.request import Reading
 
 INPUT = "input"
 

@@ -18,7 +18,8 @@ from lrp_compiler.ledger import Ledger, ledger_from_results
 from lrp_compiler.linearised import Linearised
 from lrp_compiler.passes.branches import forward_nodes_everywhere
 from lrp_compiler.passes.errors import ArgumentError, MaskError, NotLinearError, ReferenceModeError
-from lrp_compiler.passes.program import InputKind, Program, Reading, Request, facts, live_value
+from lrp_compiler.passes.program import InputKind, Program, facts, live_value
+from lrp_compiler.passes.request import Reading, Request
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.sizes import value_of_sizes
 from lrp_compiler.questions import Asked, How, Questions

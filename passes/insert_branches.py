@@ -11,16 +11,8 @@ from torch import Tensor, fx
 
 from lrp_compiler.passes.branches import Conditional, ConditionalRelevance, operand_names
 from lrp_compiler.passes.emitter import RelevanceEmitter
-from lrp_compiler.passes.program import (
-    Facts,
-    Program,
-    Request,
-    Result,
-    first_argument,
-    output_node,
-    tensor_of,
-    value_of,
-)
+from lrp_compiler.passes.program import Facts, Program, first_argument, output_node, tensor_of, value_of
+from lrp_compiler.passes.request import Request, Result
 from lrp_compiler.passes.rules.base import EdgeKind
 from lrp_compiler.passes.site import Site
 

@@ -30,9 +30,6 @@ from lrp_compiler.passes.program import (
     Conversion,
     Facts,
     Program,
-    Reading,
-    Request,
-    Result,
     facts,
     forward_nodes,
     model_op,
@@ -41,6 +38,7 @@ from lrp_compiler.passes.program import (
     value_of,
 )
 from lrp_compiler.passes.readings import nodes_from, parameter_edges, read_map
+from lrp_compiler.passes.request import Reading, Request, Result
 from lrp_compiler.passes.rules.base import EdgeKind, Rule
 from lrp_compiler.passes.site import Site, output_of
 from lrp_compiler.passes.sum_edges import beside_each_other

@@ -33,8 +33,9 @@ from lrp_compiler.passes.pin import pin
 from lrp_compiler.passes.plan_memory import plan_memory
 from lrp_compiler.passes.prepare_weights import prepare_weights
 from lrp_compiler.passes.printer import print_program
-from lrp_compiler.passes.program import InputKind, Program, Request
+from lrp_compiler.passes.program import InputKind, Program
 from lrp_compiler.passes.recognise import recognise
+from lrp_compiler.passes.request import Request
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.set_precision import set_precision
 from lrp_compiler.passes.settings import Settings

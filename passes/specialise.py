@@ -28,7 +28,6 @@ from lrp_compiler.passes.program import (
     InputSpec,
     Pattern,
     Program,
-    Request,
     Structure,
     facts,
     first_argument,
@@ -39,6 +38,7 @@ from lrp_compiler.passes.program import (
 )
 from lrp_compiler.passes.reach import leaves_of, reach, window_of
 from lrp_compiler.passes.recognise_norms import NormForm
+from lrp_compiler.passes.request import Request
 from lrp_compiler.passes.rules.base import is_by_row
 from lrp_compiler.passes.rules.plain import Plain
 from lrp_compiler.passes.sizes import hints

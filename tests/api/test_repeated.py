@@ -85,6 +85,31 @@ def test_targets(target: Any, tapes: list[Tape]) -> None:
         found.zero_()
 
 
+def input_x_gradient(model: nn.Module, x: Tensor, target: Any) -> Tensor:
+    """What autograd finds, times the input."""
+    x = x.clone().requires_grad_()
+    output = model(x)
+    seed = target if isinstance(target, Tensor) and target.dim() == 2 else output.detach() * 0
+    if seed is not target:
+        seed[range(BATCH), target] = 1.0
+    return x.detach() * torch.autograd.grad(output, x, seed)[0]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=["number", "tensor", "list", "seed"])
+def test_agrees_with_autograd(target: Any, tapes: list[Tape]) -> None:
+    torch.manual_seed(0)
+    model = perceptron().double()
+    target = target.double() if isinstance(target, Tensor) and target.is_floating_point() else target
+    explained = compile_for_lrp(model, "input_x_gradient")
+    for call in range(4):
+        x = sample(BATCH, WIDTH, seed=call).double()
+        if call == 2:
+            with torch.no_grad():
+                model[0].weight.mul_(1.5)
+        torch.testing.assert_close(explained.attribute(x, target), input_x_gradient(model, x, target))
+        assert len(tapes) == 1
+
+
 @pytest.mark.parametrize("target", [(-1, 2), (0, 1), torch.tensor([[1, 2], [4, 3]])[:, 0]])
 def test_token_ids(target: Any) -> None:
     torch.manual_seed(0)

@@ -23,7 +23,8 @@ from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.lower_promises import lower_promises
 from lrp_compiler.passes.pipeline import EMIT, Stage, generate, run
 from lrp_compiler.passes.prices import Prices
-from lrp_compiler.passes.program import Constant, Program, Request, facts, output_node
+from lrp_compiler.passes.program import Constant, Program, facts, output_node
+from lrp_compiler.passes.request import Request
 from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.sizes import Size, Sizes
 from lrp_compiler.passes.specialise import specialise

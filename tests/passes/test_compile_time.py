@@ -16,7 +16,7 @@ from lrp_compiler.passes.codegen import codegen
 from lrp_compiler.passes.insert_relevance import insert_relevance
 from lrp_compiler.passes.pin import pin
 from lrp_compiler.passes.pipeline import CAPTURE, EMIT, EXPLAIN, Stage, run
-from lrp_compiler.passes.program import Request
+from lrp_compiler.passes.request import Request
 from lrp_compiler.passes.specialise import specialise
 
 COUNTED = ("passes/", "torch/fx/")

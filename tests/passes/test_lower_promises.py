@@ -21,7 +21,8 @@ from lrp_compiler.baselines import reference_inputs
 from lrp_compiler.captures import Captures
 from lrp_compiler.compiled import ExplainedCall
 from lrp_compiler.passes.prices import Prices
-from lrp_compiler.passes.program import Request, graph_inputs, value_of
+from lrp_compiler.passes.program import graph_inputs, value_of
+from lrp_compiler.passes.request import Request
 from lrp_compiler.passes.sizes import Sizes, value_of_sizes
 from lrp_compiler.recording import Question, Recording
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrizations, prune
 from training import identical
 
@@ -168,6 +169,35 @@ def test_a_hook_that_comes_later_is_refused_by_explanations_until_it_goes() -> N
             explained.run(x)
         handle.remove()
         explained.run(x)
+
+
+REGISTRATIONS: dict[str, Callable[[nn.Module], Any]] = {
+    "forward": lambda module: module.register_forward_hook(lambda *_: None),
+    "forward pre": lambda module: module.register_forward_pre_hook(lambda *_: None),
+    "backward": lambda module: module.register_full_backward_hook(lambda *_: None),
+    "backward pre": lambda module: module.register_full_backward_pre_hook(lambda *_: None),
+    "every forward": lambda _: torch_modules.register_module_forward_hook(lambda *_: None),
+    "every forward pre": lambda _: torch_modules.register_module_forward_pre_hook(lambda *_: None),
+    "every backward": lambda _: torch_modules.register_module_full_backward_hook(lambda *_: None),
+    "every backward pre": lambda _: torch_modules.register_module_full_backward_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("kind", REGISTRATIONS)
+def test_any_kind_of_hook_is_seen_by_a_loop(kind: str) -> None:
+    """While nothing is registered, calls do not look for hooks."""
+    model, x = Net().eval(), torch.randn(3, 4)
+    explained = warm(model, x)
+    for _ in range(3):
+        explained.attribute(x, 1)
+    handle = REGISTRATIONS[kind](model.blocks[1].tail[1])  # type: ignore[index]
+    try:
+        for _ in range(3):
+            with pytest.raises(errors.HookError):
+                explained.attribute(x, 1)
+    finally:
+        handle.remove()
+    explained.attribute(x, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
