@@ -5,7 +5,8 @@
 Transformers of 12 layers and tiny width, so that tensors cost next to nothing. Of every call, the time inside generated
 functions, and what is left, which is ours; beside it some of the steps which that consists of, and how many functions
 run outside of generated code. Calls take turns, each behind one of its kind, as in a loop; medians with p20 and p80,
-and the least. Of the generated functions, how many ops they call and what one costs.
+and the least. Of the generated functions, how many ops they call and what one costs. What torch.compile does at a call,
+beside running the graph that it was given, is measured alike: the guards by which it knows that its code still holds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from harness import command, in_turns, machine, markdown, of_this_machine, show, spread, write, write_csv
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from workloads import Logits
 
 from lrp_compiler import LRPModule, compile_for_lrp
@@ -85,6 +86,30 @@ def encoder() -> Tiny:
     return Tiny("nn.TransformerEncoder", nn.Sequential(stack, nn.Flatten(), nn.Linear(TOKENS * WIDTH, 4)), TARGET)
 
 
+class ByTorch:
+    """A forward pass of torch.compile, whose backend runs the graph as it is; ``spent`` are its microseconds."""
+
+    def __init__(self, tiny: Tiny) -> None:
+        self.spent: list[float] = []
+        self._x = tiny.x
+        torch.compiler.reset()
+        self._compiled = torch.compile(tiny.model, backend=self._timed, fullgraph=True)
+
+    def __call__(self) -> object:
+        return self._compiled(self._x)
+
+    def _timed(self, graph: fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        run = graph.forward
+
+        def timed(*values: Any) -> object:
+            start = time.perf_counter()
+            result = run(*values)
+            self.spent.append(1e6 * (time.perf_counter() - start))
+            return result
+
+        return timed
+
+
 class Stopwatch:
     """Splits the time of calls into that inside of generated functions and the rest, in microseconds."""
 
@@ -96,7 +121,8 @@ class Stopwatch:
     def __call__(self, call: Call) -> None:
         """Time a call, behind one of the same kind."""
         call()
-        spent: list[float] = []
+        spent: list[float] = call.spent if isinstance(call, ByTorch) else []
+        spent.clear()
         with self._noting(spent):
             start = time.perf_counter()
             call()
@@ -159,6 +185,7 @@ def calls(tiny: Tiny, explained: LRPModule) -> dict[str, Call]:
         "run": lambda: explained.run(x),
         "relevance": lambda: tape.relevance(tiny.target),
         "attribute": lambda: explained.attribute(x, tiny.target),
+        "torch.compile, forward": ByTorch(tiny),
     }
 
 
