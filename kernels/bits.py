@@ -21,6 +21,8 @@ BIT_OF_EACH = 0x8040201008040201 - (1 << 64)
 """Bit k of byte k."""
 TO_HIGHEST = 0x7F7F7F7F7F7F7F7F
 """Added to bytes with one bit or none, this leaves the highest bit set where there was one."""
+BLOCK = 1 << 18
+"""Elements of which a processor's cache holds the mask in floats."""
 
 
 def is_positive(x: Tensor) -> Tensor:
@@ -37,6 +39,26 @@ def of_positive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """1 where the tensor was not <= 0, else 0."""
     # As integers: from bool torch converts element by element.
     return mask.view(torch.uint8).to(dtype)
+
+
+def through(c: Tensor, mask: Tensor) -> Tensor:
+    """``c`` where the tensor was not <= 0, else 0, whatever ``c`` holds there."""
+    made: Tensor = torch.ops.aten.threshold_backward.default(c, of_positive(mask, c.dtype), 0)
+    return made
+
+
+def through_(c: Tensor, mask: Tensor) -> Tensor:
+    """The same bits, which take the place of ``c`` where that can be written to and lies as ``mask`` does."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    order = sorted(range(c.dim()), key=c.stride, reverse=True)
+    dense = [c.permute(order), mask.permute(order)]
+    if wrapped(c) or wrapped(mask) or c.requires_grad or not all(one.is_contiguous() for one in dense):
+        return through(c, mask)
+    # New memory costs more than the product: the kernel hands out each page of it zeroed, one by one.
+    block = BLOCK if c.device.type == "cpu" else max(1, c.numel())
+    for part, kept in zip(*(torch.split(one.view(-1), block) for one in dense), strict=True):
+        torch.ops.aten.threshold_backward.grad_input(part, of_positive(kept, c.dtype), 0, grad_input=part)
+    return c
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from lrp_compiler.kernels.bits import BLOCK as MASKED_AT_ONCE
+from lrp_compiler.kernels.bits import through, through_
 from lrp_compiler.passes.optable import aten_names, schema_name
 from lrp_compiler.passes.packing import WORKING_MEMORY
-from lrp_compiler.passes.program import first_argument, value_of
+from lrp_compiler.passes.program import first_argument, tensor_of, value_of
 from lrp_compiler.passes.sizes import hints
 from lrp_compiler.passes.storage import bytes_of, shown
 
@@ -27,6 +29,8 @@ def roots_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 def writes(node: fx.Node) -> bool:
     """Whether an op changes one of its arguments."""
+    if node.target is through_:
+        return True
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
@@ -88,6 +92,11 @@ def working_memory(node: fx.Node) -> int:
     """
     if node.target in WORKING_MEMORY:
         return WORKING_MEMORY[node.target] * math.prod(hints(value_of(first_argument(node)).shape))
+    if node.target in (through, through_):
+        masked = tensor_of(node)
+        elements = math.prod(hints(masked.shape))
+        is_in_blocks = node.target is through_ and masked.device.type == "cpu"
+        return masked.element_size() * (min(elements, MASKED_AT_ONCE) if is_in_blocks else elements)
     if node.op != "call_function" or schema_name(node.target) not in CONVOLUTIONS:
         return 0
     is_backward = schema_name(node.target) == "aten::convolution_backward"

@@ -1,4 +1,7 @@
-"""share_memory: ops write into the memory of an operand that nothing reads afterwards."""
+"""share_memory: ops write into the memory of an operand that nothing reads afterwards.
+
+A mask that only a ReLU's derivative reads is applied as it is, so that it is never spelt out in floats.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lrp_compiler.kernels.bits import of_positive, through, through_
 from lrp_compiler.passes.lifetimes import last_reads, roots_of
 from lrp_compiler.passes.optable import aten_names, schema_name
 from lrp_compiler.passes.program import Program, copy_graph, facts, first_argument, is_float, value_of
@@ -31,8 +35,10 @@ IN_PLACE: dict[Any, Any] = {
     aten.exp.default: aten.exp_.default,
     aten.tanh.default: aten.tanh_.default,
     aten.sigmoid.default: aten.sigmoid_.default,
+    aten.scatter_add.default: aten.scatter_add_.default,
+    through: through_,
 }
-"""Elementwise op -> the same that writes to its first argument; both run one kernel, so that the bits are the same."""
+"""Op -> the same that writes to its first argument; both run one kernel, so that the bits are the same."""
 COMMUTATIVE = frozenset({aten.mul.Tensor, aten.add.Tensor})
 
 IN_PLACE_FORWARD: dict[Any, Any] = {**IN_PLACE, aten.relu.default: aten.relu_.default}
@@ -49,7 +55,9 @@ def share_memory(program: Program) -> Program:
         return program
     forward = _forward_shared(program)
     plain = None if program.plain is None else share_memory(program.plain)
-    return program.having(graph=forward, relevance_graph=_relevance_shared(program.relevance_graph), plain=plain)
+    held = frozenset(buffer.holder for buffer in program.buffers)
+    relevance = _relevance_shared(_with_masks_applied(program.relevance_graph, held))
+    return program.having(graph=forward, relevance_graph=relevance, plain=plain)
 
 
 def _forward_shared(program: Program) -> fx.Graph:
@@ -68,8 +76,22 @@ def _forward_shared(program: Program) -> fx.Graph:
     return graph
 
 
-def _relevance_shared(graph: fx.Graph) -> fx.Graph:
+def _with_masks_applied(graph: fx.Graph, held: frozenset[str]) -> fx.Graph:
+    """``through`` for each derivative of a ReLU that alone reads a mask in floats, unless that is ``held`` as such."""
     graph = copy_graph(graph)
+    for node in list(graph.nodes):
+        if node.target is not aten.threshold_backward.default or node.args[2] != 0:
+            continue
+        c, floats = node.args[:2]
+        alike = [(value_of(one).shape, value_of(one).dtype) for one in (c, floats)]
+        is_mask = floats.target is of_positive and floats.name not in held
+        if is_mask and list(floats.users) == [node] and alike[0] == alike[1]:
+            node.target, node.args = through, (c, first_argument(floats))
+            graph.erase_node(floats)
+    return graph
+
+
+def _relevance_shared(graph: fx.Graph) -> fx.Graph:
     roots = roots_of(graph)
     last = last_reads(graph, roots)
     dependent = _on_seeds(graph)

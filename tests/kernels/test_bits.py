@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrp_compiler.kernels.bits import (
+    BLOCK,
     is_not_zero,
     is_positive,
     of_positive,
     pack_bits,
     pack_positive,
     pack_sign,
+    through,
+    through_,
     unpack_bits,
     unpack_quotient,
     unpack_sign,
@@ -95,7 +98,27 @@ def test_what_a_relu_passes_comes_back(shape: tuple[int, ...], layout: str, dtyp
         assert read.dtype is dtype
         expected = torch.ops.aten.threshold_backward(edge, value, 0)
         assert same_bits(torch.ops.aten.threshold_backward(edge, read, 0), expected)
+        assert same_bits(through(edge, mask), expected)
+        for overwritten in (edge.clone(), torch.stack([edge, edge], -1)[..., 0]):
+            assert same_bits(through_(overwritten, mask), expected)
     assert torch.equal(is_not_zero(torch.relu(drawn)), mask)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (1, 3, BLOCK // 4, 2), (2, 4, 1, BLOCK // 8 + 1)])
+def test_masks_are_applied_in_place(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    """In blocks, the last of which may be short, whatever is masked; not where autograd or torch.func looks on."""
+    edge = torch.randn(shape).to(memory_format=layout)
+    mask = (torch.rand(shape) < 0.5).to(memory_format=layout)
+    edge[mask.logical_not()] = math.inf
+    expected = torch.where(mask, edge, 0.0)
+    written = edge.clone(memory_format=torch.preserve_format)
+    assert through_(written, mask).data_ptr() == written.data_ptr()
+    assert torch.equal(written, expected)
+    leaf = edge.clone().requires_grad_()
+    assert torch.equal(through_(leaf, mask), expected) and torch.equal(leaf, edge)
+    found = torch.vmap(through_, in_dims=(0, None))(torch.stack([edge, 2 * edge]), mask)
+    assert torch.equal(found, torch.stack([expected, 2 * expected]))
 
 
 @given(SHAPES, st.sampled_from(FLOATS), st.integers(0, 2**31))

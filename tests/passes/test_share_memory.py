@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrp_compiler import compile_for_lrp
+from lrp_compiler.kernels.bits import of_positive, through, through_
 
 aten = torch.ops.aten
 Read = Callable[[Tensor], Tensor]
@@ -83,3 +84,35 @@ def test_a_model_that_computes_in_place_can_be_mapped_over() -> None:
     stage = next(stage for stage in explained.stages(x[0]) if stage.name == "share_memory")
     assert aten.mul_.Tensor in {node.target for node in stage.program.graph.nodes}
     torch.testing.assert_close(torch.func.vmap(explained)(x), torch.func.vmap(model)(x))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_masks_and_winners_are_applied_in_place(layout: torch.memory_format) -> None:
+    """With the results of autograd: of one target, of several, and of what is to be differentiated again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(16 * 13 * 13, 3)),
+    )
+    model, x = model.double().to(memory_format=layout), torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    x = x.to(memory_format=layout)
+    # Of others, autograd would keep what their layers read, and masks with it.
+    weight = model.requires_grad_(False)[0].weight.requires_grad_()
+    explained = compile_for_lrp(model, "gradient")
+    relevance = next(stage for stage in explained.stages(x) if stage.name == "share_memory").program.relevance_graph
+    assert relevance is not None
+    targets = [node.target for node in relevance.nodes]
+    # What comes from the head lies plainly, the mask in the second layout as the channels do.
+    assert targets.count(through_) == (2 if layout is torch.contiguous_format else 1)
+    assert targets.count(through_) + targets.count(through) == 2 and of_positive not in targets
+    assert aten.scatter_add_.default in targets
+    leaf = x.clone().requires_grad_()
+    outputs = model(leaf)
+    expected = [torch.autograd.grad(outputs[:, target].sum(), leaf, create_graph=True)[0] for target in range(3)]
+    for target, gradient in enumerate(expected):
+        torch.testing.assert_close(explained.attribute(x, target), gradient)
+    _, tape = explained.run(x)
+    torch.testing.assert_close(torch.stack(list(tape.relevance_of_each(range(3)))), torch.stack(expected))
+    found = explained.run(leaf)[1].coefficients(1, create_graph=True)
+    twice = [torch.autograd.grad(value.square().sum(), weight, retain_graph=True)[0] for value in (found, expected[1])]
+    torch.testing.assert_close(*twice)
