@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -309,3 +310,24 @@ def test_every_machine_batch_size_and_dtype_has_files_of_its_own(
         for batch, dtype in ((1, "fp32"), (8, "fp32"), (1, "bf16"), (8, "bf16"))
     ]
     assert names == ["peers", "peers-batch-8", "peers-bf16", "peers-batch-8-bf16"]
+
+
+@pytest.mark.parametrize(("steals", "calls"), [([0.0], 1), ([9.0, 0.0], 2), ([9.0, 9.0, 0.001], 3), ([9.0] * 9, 5)])
+def test_a_call_is_timed_anew_while_others_have_the_processors(
+    steals: list[float], calls: int, bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times at most."""
+    harness = importlib.import_module("harness")
+    before = harness.stolen()
+    assert 0 <= before <= harness.stolen()
+    made, gone = 0, 0.0
+
+    def call() -> float:
+        nonlocal made, gone
+        time.sleep(0.05)
+        gone += steals[made]
+        made += 1
+        return float(made)
+
+    monkeypatch.setattr(harness, "stolen", lambda: gone)
+    assert harness.undisturbed(call) == made == calls
