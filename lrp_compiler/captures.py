@@ -92,15 +92,16 @@ class CapturedCall:
 
         Raises KeyError for a parameter or buffer that no module has under this name.
         """
-        if state not in self._places:
+        found = self._places.get(state)
+        if found is None:
             constants = itertools.count(len(state.names))
             arguments = itertools.count(len(state.names) + len(self.constants))
             further = {InputKind.CONSTANT: constants, InputKind.USER: arguments}
-            self._places[state] = [
+            found = self._places[state] = [
                 next(further[spec.kind]) if spec.kind in further else state.places[spec.target]
                 for spec in self.program.inputs
             ]
-        return self._places[state]
+        return found
 
     @cached_property
     def arguments(self) -> list[str]:

@@ -208,6 +208,8 @@ def output_names(program: Program) -> list[str]:
 
 def rebuild_output(program: Program, leaves: list[Any], sizes: Sizes) -> Any:
     """The model's output from its tensor leaves, in order."""
+    if len(leaves) == 1 and program.out_spec.is_leaf():
+        return leaves[0]
     supplied = iter(leaves)
     filled = [_number(leaf.value, sizes) if isinstance(leaf, Constant) else next(supplied) for leaf in program.outputs]
     return pytree.tree_unflatten(filled, program.out_spec)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.live_model import Live, LiveModel
-from lrp_compiler.passes.cast_explicitly import OFF, current_autocast, is_trained
+from lrp_compiler.passes.cast_explicitly import current_autocast, is_trained
 from lrp_compiler.passes.program import TRACING
 
 
@@ -72,9 +72,9 @@ class GivenCall:
         """Everything but sizes that decides what it compiles to: arguments, the model's state, autocast."""
         what = (tuple(map(_leaf_key, self.leaves)), self.nesting, self.live.state)
         if not torch._C._is_any_autocast_enabled():
-            return *what, OFF, ()
+            return *what, None, ()
         autocast = current_autocast(leaf.device.type for leaf in self.leaves if isinstance(leaf, Tensor))
-        return *what, autocast, tuple(map(is_trained, self.leaves)) if autocast.dtypes else ()
+        return (*what, autocast, tuple(map(is_trained, self.leaves))) if autocast.dtypes else (*what, None, ())
 
 
 def _leaf_key(leaf: Any) -> Any:

@@ -139,7 +139,7 @@ class LRPModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output, of the same type and bitwise equal, differentiable as ever."""
-        if torch.compiler.is_dynamo_compiling() or _is_exported():
+        if torch.compiler.is_compiling() and _is_traced():
             return self._model(*args, **kwargs)
         kwargs = dict(sorted(kwargs.items()))
         try:
@@ -373,9 +373,9 @@ class LRPModule(nn.Module):
         return self._compiler.explain(call, _as_names(wrt), varied)
 
 
-def _is_exported() -> bool:
-    """Whether this thread runs under torch.export; torch's flag alone says that some thread does."""
-    return torch.compiler.is_compiling() and detect_fake_mode() is not None
+def _is_traced() -> bool:
+    """Whether this thread runs under torch.compile or torch.export; torch's flag alone says that some thread does."""
+    return torch.compiler.is_dynamo_compiling() or detect_fake_mode() is not None
 
 
 def _as_names(names: Names) -> tuple[str, ...] | None:
