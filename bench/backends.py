@@ -77,7 +77,7 @@ def main() -> None:
     parser = command(
         __doc__, "also write backends.csv and backends.md into a folder of this machine's in here", of_this_machine
     )
-    parser.add_argument("--models", nargs="+", choices=ENTRIES, default=["llama", "gpt2", "vit", "resnet"])
+    parser.add_argument("--models", nargs="+", choices=ENTRIES, default=["llama", "gpt2", "vit", "resnet50"])
     parser.add_argument("--composite", default="attnlrp")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--inside", action="store_true", help="measure one model in this process, and print it as JSON")
