@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -22,12 +23,8 @@ def output_of(call: BoundCall) -> Any:
     """The model's own output; what the model changes in place is changed."""
     executable = call.captured.forward
     program, inputs = executable.program, call.inputs()
-    with without_autocast():
-        if call.captured.is_random:
-            with DRAWING:
-                values = executable.forward(call.sizes, *inputs)
-        else:
-            values = executable.forward(call.sizes, *inputs)
+    with without_autocast(), DRAWING if call.captured.is_random else contextlib.nullcontext():
+        values = executable.forward(call.sizes, *inputs)
     outputs = len(values) - len(program.mutations)
     if program.mutations:
         names = [spec.node for spec in program.inputs]

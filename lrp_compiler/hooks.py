@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as globals_of_torch
-from torch.utils.hooks import RemovableHandle
 
 from lrp_compiler.passes.errors import HookError
 
@@ -20,11 +19,6 @@ KINDS = {
     "_backward_hooks": "backward hook",
     "_backward_pre_hooks": "backward pre-hook",
 }
-
-
-def registrations() -> int:
-    """How often hooks have been registered so far, in this process, on whatever: every registration makes a handle."""
-    return RemovableHandle.next_id
 
 
 def refuse_hooks(model: nn.Module, hooked: Iterable[nn.Module]) -> None:

@@ -1,7 +1,7 @@
 """A model as it is at one call: its parameters and buffers, and what else of it decides what calls compile to.
 
 Everything is read anew at every call. While nothing has changed since the last one, that takes a few comparisons for
-every module and parameter; else the model is walked again. New hooks are looked for when torch has registered some.
+every module and parameter; else the model is walked again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards, dict_version
 
-from lrp_compiler.hooks import KINDS, refuse_global_hooks, refuse_hooks, registrations
+from lrp_compiler.hooks import KINDS, refuse_global_hooks, refuse_hooks
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.weightless import has_values
 
@@ -70,21 +70,14 @@ class LiveModel:
 
     def __init__(self) -> None:
         self._last: _Witness | None = None
-        self._registered = (-1, -1)
 
     def read(self, model: nn.Module) -> Live:
         """The model as it is now; raises HookError for hooks that no compiled call would run."""
-        # Twice, as another thread may have been counted whose hook is not in place yet.
-        registered = (self._registered[1], registrations())
-        may_be_hooked = registered != self._registered
-        if may_be_hooked:
-            refuse_global_hooks()
+        refuse_global_hooks()
         last = self._last
-        if last is None or last.model is not model or not last.is_unchanged(may_be_hooked):
-            self._last, live = _walk(model)
-        else:
-            live = last.live
-        self._registered = registered
+        if last is not None and last.model is model and last.is_unchanged():
+            return last.live
+        self._last, live = _walk(model)
         return live
 
 
@@ -93,8 +86,8 @@ class _Witness:
     """What was seen when a model was walked, in the form in which it is compared the fastest.
 
     ``slots`` are where the tensors of ``live`` are kept; ``fixed`` is what else must be the same object: children, and
-    parameters that are None. ``hookless`` (for hooks), ``empty`` and ``filled`` (with their ``lengths``) are the dicts
-    of all ``modules``, which stand with their PARTS; ``hooked`` are those with hooks.
+    parameters that are None. ``empty`` (hooks among them) and ``filled`` (with their ``lengths``) are the dicts of all
+    ``modules``, which stand with their PARTS; ``hooked`` are those with hooks.
     ``versions`` are those that the interpreter gave what is ``versioned`` when it was last found unchanged: while they
     stay, only ``empty`` ones need a look. ``guards`` compare tensors, with inference mode off and on; they take none
     twice, and ``distinct`` are those they take.
@@ -106,7 +99,6 @@ class _Witness:
     hooked: list[tuple[Contents, tuple[Any, ...]]]
     fixed: list[tuple[Contents, str, Any]]
     slots: list[tuple[Contents, str]]
-    hookless: tuple[Contents, ...]
     empty: tuple[Contents, ...]
     filled: list[Contents]
     lengths: list[int]
@@ -116,11 +108,10 @@ class _Witness:
     versions: list[int]
     guards: dict[bool, TensorGuards] = field(default_factory=dict)
 
-    def is_unchanged(self, may_be_hooked: bool) -> bool:
-        """Whether the model is in the same state; it has no new hooks unless it ``may_be_hooked``."""
+    def is_unchanged(self) -> bool:
+        """Whether the model is in the same state."""
         versions = list(map(dict_version, self.versioned))
-        is_touched = versions != self.versions or self.hooked or any(self.empty)
-        if is_touched or (may_be_hooked and any(self.hookless)):
+        if versions != self.versions or self.hooked or any(self.empty):
             try:
                 if not self._same_modules() or not self._same_tensors():
                     return False
@@ -139,7 +130,7 @@ class _Witness:
                 return False
         if any(hooks != _hooks_of(contents) for contents, hooks in self.hooked):
             return False
-        if any(self.hookless) or any(self.empty) or list(map(len, self.filled)) != self.lengths:
+        if any(self.empty) or list(map(len, self.filled)) != self.lengths:
             return False
         return not [name for kept, name, value in self.fixed if kept[name] is not value]
 
@@ -196,8 +187,7 @@ def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Conte
         hooked=[(vars(module), _hooks_of(vars(module))) for module in filter(_has_hooks, modules)],
         fixed=[(kept, name, value) for kept in filled for name, value in kept.items() if not isinstance(value, Tensor)],
         slots=slots,
-        hookless=tuple(one[name] for one in contents for name in KINDS if not one[name]),
-        empty=tuple(one[name] for one in contents for name in HELD if not one[name]),
+        empty=tuple(one[name] for one in contents for name in (*HELD, *KINDS) if not one[name]),
         filled=filled,
         lengths=list(map(len, filled)),
         distinct=tuple({id(tensor): tensor for tensor in live.tensors}.values()),

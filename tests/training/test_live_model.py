@@ -171,11 +171,23 @@ def test_a_hook_that_comes_later_is_refused_by_explanations_until_it_goes() -> N
         explained.run(x)
 
 
+class ByHand:
+    """A hook written into a module's dict, past torch's functions."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._hooks = module._forward_hooks
+        self._hooks[-1] = lambda *_: None
+
+    def remove(self) -> None:
+        del self._hooks[-1]
+
+
 REGISTRATIONS: dict[str, Callable[[nn.Module], Any]] = {
     "forward": lambda module: module.register_forward_hook(lambda *_: None),
     "forward pre": lambda module: module.register_forward_pre_hook(lambda *_: None),
     "backward": lambda module: module.register_full_backward_hook(lambda *_: None),
     "backward pre": lambda module: module.register_full_backward_pre_hook(lambda *_: None),
+    "by hand": ByHand,
     "every forward": lambda _: torch_modules.register_module_forward_hook(lambda *_: None),
     "every forward pre": lambda _: torch_modules.register_module_forward_pre_hook(lambda *_: None),
     "every backward": lambda _: torch_modules.register_module_full_backward_hook(lambda *_: None),
@@ -185,7 +197,7 @@ REGISTRATIONS: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("kind", REGISTRATIONS)
 def test_any_kind_of_hook_is_seen_by_a_loop(kind: str) -> None:
-    """While nothing is registered, calls do not look for hooks."""
+    """And refused, until it goes."""
     model, x = Net().eval(), torch.randn(3, 4)
     explained = warm(model, x)
     for _ in range(3):
