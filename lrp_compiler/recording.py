@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -24,10 +24,7 @@ from lrp_compiler.passes.request import Reading, Request, Result
 from lrp_compiler.passes.sizes import Sizes
 from lrp_compiler.prepared_weights import PreparedWeights
 from lrp_compiler.random_numbers import RandomNumbers, devices_of, draws_repeated
-from lrp_compiler.side_by_side import targets_side_by_side
-
-_MAPPING = threading.Lock()
-"""Whether torch warns of ops that it maps one by one is a setting of the process; threads change it in turns."""
+from lrp_compiler.side_by_side import run_side_by_side, targets_side_by_side
 
 _CHANGES = attrgetter("_version")
 
@@ -251,7 +248,12 @@ class Recording:
             assert code is not None
             if question.is_mapped:
                 mapped_rows = [name in question.rows for name in (*executable.free, *executable.saved)]
-                results = _mapped(partial(code.uncompiled, self.sizes), values, mapped_rows, question)
+                seeds, masks = list(question.seeds.values()), list(question.masks.values())
+                of_targets = [*mapped_rows, *[False] * (len(values) - len(mapped_rows)), *[True] * len(seeds)]
+                graph = executable.program.relevance_graph
+                assert graph is not None
+                run = partial(code.uncompiled, self.sizes)
+                results = run_side_by_side(run, graph, [*values, *seeds], of_targets, masks)
             else:
                 values += [*question.seeds.values(), *question.masks.values()]
                 if self._once:
@@ -321,35 +323,6 @@ class Recording:
 def _of_shape(value: Tensor) -> Tensor:
     """A stand-in of the same shape, dtype and device that takes no memory to speak of."""
     return value.new_zeros(()).expand(value.shape)
-
-
-def _mapped(code: Callable[..., Any], values: list[Tensor], mapped: list[bool], question: Question) -> Any:
-    """The results of a relevance graph for seeds with one more dimension in front, which results have as well.
-
-    So have the ``mapped`` ones among the values.
-    """
-    seeds, masks = question.seeds.values(), question.masks.values()
-    others = [False] * (len(values) - len(mapped))
-    in_dims = (
-        *(0 if is_mapped else None for is_mapped in [*mapped, *others]),
-        *(0 for _ in seeds),
-        *(None for _ in masks),
-    )
-    with _MAPPING, _without_fallback_warnings():
-        # What the forward pass drew and relevance draws again is the same for all targets.
-        return torch.vmap(code, in_dims=in_dims, randomness="same")(*values, *seeds, *masks)
-
-
-@contextmanager
-def _without_fallback_warnings() -> Iterator[None]:
-    """Ops without a batching rule (CPU flash attention) run once per target; the result is the same."""
-    warn = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
-    warn(False)
-    try:
-        yield
-    finally:
-        # Torch's default: it does not tell what was set.
-        warn(True)
 
 
 def _versions(values: Collection[Any]) -> list[int | None]:

@@ -64,3 +64,30 @@ def test_attention_that_torch_maps_one_by_one_is_no_warning(capfd: pytest.Captur
         warnings.simplefilter("ignore")
         torch.vmap(lambda q: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0])(query)
     assert "batching rule" in capfd.readouterr().err
+
+
+class Restrided(nn.Module):
+    """A user's own look at memory, overlapping, whose derivative writes into a storage."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous().as_strided((x.shape[0], 4, 4), (8, 1, 2)).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("x", "body"),
+    [
+        (torch.randn(2, 3, 9, 8).to(memory_format=torch.channels_last), [nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)]),
+        (torch.randn(2, 3, 9, 8), [nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d((1, 1))]),
+        (torch.randn(2, 3, 9, 8).to(memory_format=torch.channels_last), [nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(2)]),
+        (torch.randn(2, 8), [nn.Linear(8, 16), nn.ReLU(), Restrided()]),
+    ],
+    ids=["channels_last", "contiguous", "channels_last, larger", "strides"],
+)
+def test_what_torch_does_to_strides_is_mapped_all_the_same(x: torch.Tensor, body: list[nn.Module]) -> None:
+    """The derivative of what changes strides writes into a storage, which torch.vmap refuses."""
+    model = nn.Sequential(*body, nn.Flatten(), nn.LazyLinear(3)).eval()
+    model(x)
+    _, kept = compile_for_lrp(model.requires_grad_(False), "gradient").run(x)
+    leaf = x.clone().requires_grad_()
+    expected = [torch.autograd.grad(model(leaf)[:, target].sum(), leaf)[0] for target in range(3)]
+    torch.testing.assert_close(kept.relevance_of_each([0, 1, 2]), torch.stack(expected), rtol=1e-4, atol=1e-6)
