@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from workloads import Logits
 
 from lrp_compiler import LRPModule, compile_for_lrp
-from lrp_compiler.captures import BoundCall
+from lrp_compiler.captured_call import BoundCall
 from lrp_compiler.passes.codegen import Code
 
 LAYERS, WIDTH, TOKENS, TARGET = 12, 16, 4, 1

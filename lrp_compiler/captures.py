@@ -6,31 +6,25 @@ one graph serves them all; a model whose forward depends on a size gets a graph 
 
 from __future__ import annotations
 
-import itertools
 import time
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lrp_compiler.captured_call import BoundCall, CapturedCall, RecentCall
 from lrp_compiler.given_call import GivenCall
 from lrp_compiler.heap import keep_freed_memory
-from lrp_compiler.live_model import LiveModel, ModelState
-from lrp_compiler.passes.cast_explicitly import without_autocast
-from lrp_compiler.passes.codegen import Executable
-from lrp_compiler.passes.draws import draws_numbers
+from lrp_compiler.live_model import LiveModel
 from lrp_compiler.passes.eager_failure import unsupported_argument
 from lrp_compiler.passes.errors import DeviceMismatchError
-from lrp_compiler.passes.pipeline import Stage, capture_call, compile_forward, depends_on_grad_mode
-from lrp_compiler.passes.program import COMPILING, InputKind, Program, graph_inputs
-from lrp_compiler.passes.sizes import SizeBinder, Sizes
+from lrp_compiler.passes.pipeline import capture_call, depends_on_grad_mode
+from lrp_compiler.passes.program import COMPILING
 from lrp_compiler.prepared_weights import PreparedWeights
-from lrp_compiler.weightless import has_values
 
 GRAPHS = 8
 """How many graphs are kept for calls that differ in sizes alone; the oldest goes first."""
@@ -41,127 +35,6 @@ ATTEMPTS = 8
 
 class RecompileWarning(UserWarning):
     """A model is traced again and again, since its forward depends on sizes that keep changing."""
-
-
-@dataclass(frozen=True, eq=False)
-class CapturedCall:
-    """One kind of call: the stages of its capture.
-
-    ``grad_modes`` says whether it serves calls that record gradients, that do not, or both.
-    """
-
-    stages: tuple[Stage, ...]
-    grad_modes: frozenset[bool]
-
-    @property
-    def program(self) -> Program:
-        """The captured program."""
-        return self.stages[-1].program
-
-    @cached_property
-    def forward(self) -> Executable:
-        """The code of the forward pass alone, made at its first use: attributions do without."""
-        with COMPILING, without_autocast():
-            return compile_forward(self.stages)
-
-    @cached_property
-    def binder(self) -> SizeBinder:
-        """What tells the sizes of a call."""
-        return SizeBinder(self.program)
-
-    @cached_property
-    def is_random(self) -> bool:
-        """Whether the forward pass draws random numbers."""
-        return draws_numbers(self.program)
-
-    @property
-    def is_symbolic(self) -> bool:
-        """Whether sizes were left open."""
-        return bool(self.binder.open)
-
-    def describe(self, dims: frozenset[tuple[int, int]]) -> str:
-        """(argument leaf, dimension) pairs in words."""
-        return ", ".join(f"{self.arguments[leaf]} dimension {dim}" for leaf, dim in sorted(dims))
-
-    @cached_property
-    def _places(self) -> dict[ModelState, list[int]]:
-        return {}
-
-    def places(self, state: ModelState) -> list[int]:
-        """Where the graph's inputs stand among a model's parameters and buffers, the constants and arguments, in a row.
-
-        Raises KeyError for a parameter or buffer that no module has under this name.
-        """
-        found = self._places.get(state)
-        if found is None:
-            constants = itertools.count(len(state.names))
-            arguments = itertools.count(len(state.names) + len(self.constants))
-            further = {InputKind.CONSTANT: constants, InputKind.USER: arguments}
-            found = self._places[state] = [
-                next(further[spec.kind]) if spec.kind in further else state.places[spec.target]
-                for spec in self.program.inputs
-            ]
-        return found
-
-    @cached_property
-    def arguments(self) -> list[str]:
-        """The names of the argument leaves, as the model's forward calls them."""
-        return [spec.target for spec in self.program.inputs if spec.kind is InputKind.USER]
-
-    @cached_property
-    def constants(self) -> tuple[Tensor, ...]:
-        """The graph's inputs that are the same in every call."""
-        return tuple(spec.constant for spec in self.program.inputs if spec.constant is not None)
-
-    @cached_property
-    def has_constant_values(self) -> bool:
-        """Whether these are more than shapes."""
-        return all(map(has_values, self.constants))
-
-    def bound(self, given: GivenCall) -> BoundCall | None:
-        """A call by this program; None where it does not hold for the sizes, or for values that it has as constants."""
-        sizes = self.binder.bind(given.leaves)
-        if sizes is None:
-            return None
-        bound = BoundCall(self, given, sizes)
-        is_fitting = not self.program.pins or self._has_pinned_values(bound.inputs())
-        return bound if is_fitting else None
-
-    def _has_pinned_values(self, inputs: list[Any]) -> bool:
-        pins = {pin.input: pin.value for pin in self.program.pins}
-        named = zip((spec.node for spec in self.program.inputs), inputs, strict=True)
-        return all(torch.equal(value, pins[name]) for name, value in named if name in pins)
-
-    def sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
-        """The sizes of a call that the program holds for."""
-        sizes = self.binder.bind(pytree.tree_leaves((args, kwargs)))
-        assert sizes is not None
-        return sizes
-
-
-@dataclass(frozen=True, eq=False)
-class BoundCall:
-    """A call with the program that holds for it and its sizes."""
-
-    captured: CapturedCall
-    given: GivenCall
-    sizes: Sizes
-
-    @property
-    def has_values(self) -> bool:
-        """Whether none of its inputs is of the meta device or fake."""
-        given = self.given
-        return given.live.has_values and self.captured.has_constant_values and all(map(has_values, given.leaves))
-
-    def inputs(self) -> list[Any]:
-        """The values of the graph's placeholders, parameters as they are in this call."""
-        given = self.given
-        try:
-            places = self.captured.places(given.live.state)
-        except KeyError:
-            return graph_inputs(self.captured.program, given.model, given.args, given.kwargs)
-        values = [*given.live.tensors, *self.captured.constants, *given.leaves]
-        return [values[place] for place in places]
 
 
 @dataclass(frozen=True)
@@ -221,6 +94,7 @@ class Captures:
         self._families: dict[Any, _Family] = {}
         self.weights = PreparedWeights()
         self._known = LiveModel()
+        self._recent: RecentCall | None = None
 
     def call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: frozenset[str], dynamic: bool
@@ -236,6 +110,18 @@ class Captures:
         With ``dynamic`` sizes that have differed are left open where the model allows it.
         """
         given = GivenCall.of(self._known, model, args, kwargs)
+        recent = self._recent
+        if recent is not None and recent.is_like(given, (kept, dynamic)):
+            return BoundCall(recent.captured, given, recent.sizes)
+        # It would keep alive what the model held then.
+        self._recent = None
+        found = self._found(given, kept, dynamic)
+        self._recent = RecentCall.of(found, (kept, dynamic))
+        return found
+
+    def _found(self, given: GivenCall, kept: frozenset[str], dynamic: bool) -> BoundCall:
+        """A given call with its program, by all that decides what it compiles to."""
+        model, args, kwargs = given.model, given.args, given.kwargs
         key = (given.key(), kept, dynamic)
         try:
             family = self._families.get(key)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lrp_compiler.captures import BoundCall, CapturedCall, Captures
+from lrp_compiler.captured_call import BoundCall, CapturedCall
+from lrp_compiler.captures import Captures
 from lrp_compiler.composites import AUTO, choose_composite, composite_named
 from lrp_compiler.known_seeds import KnownSeeds
 from lrp_compiler.options import Options

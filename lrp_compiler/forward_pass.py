@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrp_compiler.captures import BoundCall
+from lrp_compiler.captured_call import BoundCall
 from lrp_compiler.compiled import rebuild_output
 from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
@@ -23,8 +22,12 @@ def output_of(call: BoundCall) -> Any:
     """The model's own output; what the model changes in place is changed."""
     executable = call.captured.forward
     program, inputs = executable.program, call.inputs()
-    with without_autocast(), DRAWING if call.captured.is_random else contextlib.nullcontext():
-        values = executable.forward(call.sizes, *inputs)
+    with without_autocast():
+        if call.captured.is_random:
+            with DRAWING:
+                values = executable.forward(call.sizes, *inputs)
+        else:
+            values = executable.forward(call.sizes, *inputs)
     outputs = len(values) - len(program.mutations)
     if program.mutations:
         names = [spec.node for spec in program.inputs]

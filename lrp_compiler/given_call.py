@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -40,16 +41,18 @@ def _flat(count: int, names: tuple[str, ...]) -> tuple[tuple[int, ...], Nesting]
 def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Nesting]:
     """The leaves of arguments, and how they are nested; tensors are their own leaves, which need no look into trees."""
     given = [*args, *kwargs.values()]
-    if all(isinstance(value, Tensor) for value in given):
+    if all(map(isinstance, given, itertools.repeat(Tensor))):
         order, nesting = _flat(len(args), tuple(kwargs))
-        return [given[place] for place in order], nesting
+        return list(map(given.__getitem__, order)), nesting
     leaves, tree = pytree.tree_flatten((args, kwargs))
     return leaves, Nesting(tree)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class GivenCall:
     """The call ``model(*args, **kwargs)``: its leaves and their nesting, and what the model held when it was made.
+
+    Not changed once it is made; one is made at every call, which takes several times as long of a frozen class.
 
     Raises HookError for hooks that no compiled call would run.
     """

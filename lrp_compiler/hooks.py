@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,9 @@ KINDS = {
     "_backward_pre_hooks": "backward pre-hook",
 }
 
+GLOBAL = attrgetter(*(f"_global{attribute}" for attribute in KINDS))
+"""Of torch's module of modules: the hooks on every module, by kind."""
+
 
 def refuse_hooks(model: nn.Module, hooked: Iterable[nn.Module]) -> None:
     """Raise HookError for a hook on one of the modules ``hooked`` that a graph would lose."""
@@ -35,6 +39,8 @@ def refuse_hooks(model: nn.Module, hooked: Iterable[nn.Module]) -> None:
 
 def refuse_global_hooks() -> None:
     """Raise HookError for a hook on every module that a graph would lose."""
+    if not any(GLOBAL(globals_of_torch)):
+        return
     for attribute, kind in KINDS.items():
         for hook in getattr(globals_of_torch, f"_global{attribute}").values():
             if not _is_traceable(hook):

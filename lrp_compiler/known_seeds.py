@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class KnownSeeds:
                 found = self._found = {}
             found[key] = sparse_seeds(output, targets, share)
         made = found[key]
-        return None if made is None else [replace(seed, values=seed.values.clone()) for seed in made]
+        return None if made is None else [SparseSeed(seed.values.clone(), seed.rows) for seed in made]
 
 
 def _is_number(target: Target) -> bool:

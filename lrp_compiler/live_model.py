@@ -6,6 +6,7 @@ every module and parameter; else the model is walked again.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -105,12 +106,12 @@ class _Witness:
     distinct: tuple[Tensor, ...]
     attributes: list[Any]
     versioned: list[Contents]
-    versions: list[int]
+    versions: array[int]
     guards: dict[bool, TensorGuards] = field(default_factory=dict)
 
     def is_unchanged(self) -> bool:
         """Whether the model is in the same state."""
-        versions = list(map(dict_version, self.versioned))
+        versions = array("Q", map(dict_version, self.versioned))
         if versions != self.versions or self.hooked or any(self.empty):
             try:
                 if not self._same_modules() or not self._same_tensors():
@@ -193,7 +194,7 @@ def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Conte
         distinct=tuple({id(tensor): tensor for tensor in live.tensors}.values()),
         attributes=list(map(ATTRIBUTES, live.tensors)),
         versioned=versioned,
-        versions=list(map(dict_version, versioned)),
+        versions=array("Q", map(dict_version, versioned)),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,8 @@ from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
 from lrp_compiler.baselines import Baseline, Baselines, by_input_name, named_inputs, reference_inputs
-from lrp_compiler.captures import BoundCall, Captures, Compilation
+from lrp_compiler.captured_call import BoundCall
+from lrp_compiler.captures import Captures, Compilation
 from lrp_compiler.compiled import Compiler, ExplainedCall
 from lrp_compiler.coverage import Coverage, measure_coverage
 from lrp_compiler.forward_pass import output_of
@@ -237,7 +237,7 @@ class LRPModule(nn.Module):
         extra = additional_forward_args
         more = () if extra is None else tuple(extra) if isinstance(extra, (tuple, list)) else (extra,)
         args, kwargs = (*given, *more), dict(sorted((forward_kwargs or {}).items()))
-        with contextlib.nullcontext() if create_graph else torch.no_grad():
+        with torch.set_grad_enabled(create_graph and torch.is_grad_enabled()):
             call = self._compiler.bound(self._model, args, kwargs)
             once = not (return_convergence_delta or create_graph or self._options.verify != "off")
             how = How(output, per_dimension, create_graph)

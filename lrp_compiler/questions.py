@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,8 +111,7 @@ class Questions:
         return dict(sorted(seeds.items()))
 
 
-@dataclass(frozen=True)
-class How:
+class How(NamedTuple):
     """How results are asked for: at which output, over embeddings unsummed or not, differentiable or not."""
 
     output: str | None = None

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lrp_compiler.captures import BoundCall, CapturedCall
+from lrp_compiler.captured_call import BoundCall, CapturedCall
 from lrp_compiler.compiled import ExplainedCall
 from lrp_compiler.entries import SparseSeed
 from lrp_compiler.forward_pass import cast_values, forward_values, prepared_values
@@ -96,7 +96,7 @@ class _Repeated:
         found = self._explained.seeds.of(self.output(call.sizes), (target,), ROWS_PER_SEEDED_ROW_WITH_FORWARD)
         if found is None:
             return None
-        passes = self._passes.get(tuple((dim, len(rows)) for dim, rows in found[0].rows.items()))
+        passes = self._passes.get(tuple((dim, rows.shape[0]) for dim, rows in found[0].rows.items()))
         return None if passes is None else passes.run(call, found[0], weights)
 
 

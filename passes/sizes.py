@@ -115,7 +115,7 @@ class Sizes:
 
     def of(self, expressions: Sequence[Any]) -> tuple[Any, ...]:
         """The values of expressions over the symbols."""
-        return tuple(self.value(expression) for expression in expressions)
+        return tuple(map(self.value, expressions))
 
     def value(self, expression: Any) -> Any:
         """The value of one expression, worked out once."""
