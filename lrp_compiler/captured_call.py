@@ -19,6 +19,7 @@ from lrp_compiler.passes.draws import draws_numbers
 from lrp_compiler.passes.pipeline import Stage, compile_forward
 from lrp_compiler.passes.program import COMPILING, InputKind, Program, graph_inputs
 from lrp_compiler.passes.sizes import SizeBinder, Sizes
+from lrp_compiler.passes.transforms import without_transforms
 from lrp_compiler.weightless import has_values
 
 
@@ -40,7 +41,7 @@ class CapturedCall:
     @cached_property
     def forward(self) -> Executable:
         """The code of the forward pass alone, made at its first use: attributions do without."""
-        with COMPILING, without_autocast():
+        with COMPILING, without_autocast(), without_transforms():
             return compile_forward(self.stages)
 
     @cached_property

@@ -21,9 +21,10 @@ from lrp_compiler.given_call import GivenCall
 from lrp_compiler.heap import keep_freed_memory
 from lrp_compiler.live_model import LiveModel
 from lrp_compiler.passes.eager_failure import unsupported_argument
-from lrp_compiler.passes.errors import DeviceMismatchError
+from lrp_compiler.passes.errors import DeviceMismatchError, TransformError
 from lrp_compiler.passes.pipeline import capture_call, depends_on_grad_mode
 from lrp_compiler.passes.program import COMPILING
+from lrp_compiler.passes.transforms import is_transforming
 from lrp_compiler.prepared_weights import PreparedWeights
 
 GRAPHS = 8
@@ -135,6 +136,8 @@ class Captures:
             family = self._families.setdefault(key, _Family())
             found = family.fitting(given)
             if found is None:
+                if is_transforming():
+                    raise TransformError(model=type(model).__name__)
                 _check_devices(model, args, kwargs)
                 captured = self._captured(family, model, args, kwargs, kept, dynamic)
                 self._keep(family, captured, model, dynamic)

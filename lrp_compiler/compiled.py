@@ -27,6 +27,7 @@ from lrp_compiler.passes.rules.base import Composite
 from lrp_compiler.passes.settings import Settings
 from lrp_compiler.passes.sizes import Size, SizeBinder, Sizes, value_of_sizes
 from lrp_compiler.passes.specialise import can_specialise
+from lrp_compiler.passes.transforms import without_transforms
 from lrp_compiler.registry import with_rules
 from lrp_compiler.sites import SiteRef, readings_of, resolve_sites, site_table
 
@@ -169,7 +170,7 @@ class Compiler:
         ``varied`` names the inputs that a reference run changes beside them.
         """
         inputs = (attributed, tuple(name for name in varied if name not in (attributed or ())))
-        with self._lock, without_autocast():
+        with self._lock, without_autocast(), without_transforms():
             known = self._explained.setdefault(call, {})
             if inputs not in known:
                 stages = explain(call.stages, *inputs, self._choose)
@@ -178,12 +179,12 @@ class Compiler:
 
     def explain_partly(self, call: CapturedCall, attributed: tuple[str, ...] | None) -> tuple[Stage, ...]:
         """The stages of ``explain`` up to a program that lists its ops without a rule; not kept."""
-        with self._lock, without_autocast():
+        with self._lock, without_autocast(), without_transforms():
             return explain(call.stages, attributed, (), self._choose, partial=True)
 
     def emitted(self, explained: ExplainedCall, request: Request) -> tuple[tuple[Stage, ...], Executable]:
         """Stages and code for one request."""
-        with self._lock, without_autocast():
+        with self._lock, without_autocast(), without_transforms():
             return explained.emitted(request)
 
     def executables(self, call: CapturedCall) -> tuple[Executable, ...]:

@@ -25,6 +25,7 @@ from lrp_compiler.passes.errors import ArgumentError, HookError, LRPError, Unkno
 from lrp_compiler.passes.pipeline import Stage
 from lrp_compiler.passes.request import Request
 from lrp_compiler.passes.rules.base import Composite
+from lrp_compiler.passes.transforms import is_transforming
 from lrp_compiler.questions import Asked, How
 from lrp_compiler.repeated import RepeatedAttributions
 from lrp_compiler.report import Report, make_report, measured_conservation
@@ -41,8 +42,9 @@ class LRPModule(nn.Module):
     (shapes, dtypes, training flags, autocast) is compiled at its first use; modules with the same ``captures`` trace it
     once.
 
-    While modules of the original have hooks of the user's, and under torch.compile, a call runs the original itself,
-    and with it the hooks; ``run`` and what builds on it refuse hooks (HookError). Hooks on parameters always run.
+    While modules of the original have hooks of the user's, and under torch.compile and transforms of torch.func, a call
+    runs the original itself, and with it the hooks; ``run`` and what builds on it refuse hooks (HookError), and to be
+    compiled under a transform (TransformError). Hooks on parameters always run.
     """
 
     _model: nn.Module
@@ -139,7 +141,7 @@ class LRPModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output, of the same type and bitwise equal, differentiable as ever."""
-        if torch.compiler.is_compiling() and _is_traced():
+        if is_transforming() or (torch.compiler.is_compiling() and _is_traced()):
             return self._model(*args, **kwargs)
         kwargs = dict(sorted(kwargs.items()))
         try:

@@ -22,6 +22,7 @@ from lrp_compiler.passes.program import Constant, InputKind, Program, is_float
 from lrp_compiler.passes.reference import reference_relevance
 from lrp_compiler.passes.request import Reading, Request, Result
 from lrp_compiler.passes.sizes import Sizes
+from lrp_compiler.passes.transforms import is_transforming
 from lrp_compiler.prepared_weights import PreparedWeights
 from lrp_compiler.random_numbers import RandomNumbers, devices_of, draws_repeated
 from lrp_compiler.side_by_side import run_side_by_side, targets_side_by_side
@@ -121,7 +122,7 @@ class Recording:
     def record(self) -> list[Tensor]:
         """Run the whole forward pass; returns the output leaves that are tensors."""
         self.check_fresh()
-        self._leaves, saved = self._run_first(self._compiler.emitted(self._call, self._request)[1], {})
+        self._leaves, saved = self._run_first(self._executable(self._request), {})
         self._saved.add(saved, has_history=self._has_history)
         self.has_outputs = True
         return self._leaves
@@ -179,7 +180,7 @@ class Recording:
             return leaves
         self.check_fresh()
         if not self._reference_leaves:
-            self._run_reference(self._compiler.emitted(self._call, self._request)[1])
+            self._run_reference(self._executable(self._request))
         pairs = zip(leaves.items(), self._reference_leaves, strict=True)
         # Only floats are explained; of token ids and masks among the outputs there is no difference to take.
         return {index: leaf - other for (index, leaf), other in pairs if is_float(leaf)}
@@ -187,7 +188,7 @@ class Recording:
     def answer(self, question: Question, **how: bool) -> Results:
         """Run the relevance code that a question asks for; ``how`` as in ``run``."""
         self.check_fresh()
-        executable = self._compiler.emitted(self._call, question.request)[1]
+        executable = self._executable(question.request)
         # Code for a new question may ask more of the sizes than the forward pass did.
         self._bound(list(self._inputs.values()))
         if not question.request.keeps_outputs:
@@ -210,10 +211,6 @@ class Recording:
     def side_by_side(self, request: Request) -> int:
         """How many targets the relevance code of ``request`` is to answer at once."""
         return targets_side_by_side(self._compiler.emitted(self._call, request)[1].program)
-
-    def make_differentiable(self, request: Request) -> None:
-        """Make the code of differentiable answers ahead: it cannot be made inside a transform of torch.func."""
-        self._compiler.emitted(self._call, request)[1].differentiable  # noqa: B018
 
     def run(
         self,
@@ -260,6 +257,11 @@ class Recording:
                     self._give_up(question, saved)
                 results = code.consume(self.sizes, values) if code.takes_list else code(self.sizes, *values)
         return list(zip(executable.program.results, results, strict=True))
+
+    def _executable(self, request: Request) -> Executable:
+        """The code for a request, in ops that can be transformed if this is asked for under torch.func."""
+        executable = self._compiler.emitted(self._call, request)[1]
+        return executable.transformable if is_transforming() else executable
 
     @property
     def _weights(self) -> PreparedWeights:

@@ -18,6 +18,7 @@ from lrp_compiler.passes.cast_explicitly import without_autocast
 from lrp_compiler.passes.codegen import Executable
 from lrp_compiler.passes.program import InputSpec
 from lrp_compiler.passes.sizes import Sizes
+from lrp_compiler.passes.transforms import is_transforming
 from lrp_compiler.prepared_weights import PreparedWeights
 from lrp_compiler.questions import ROWS_PER_SEEDED_ROW_WITH_FORWARD, Asked, How
 from lrp_compiler.recording import Question
@@ -46,7 +47,7 @@ class RepeatedAttributions:
     def answer(self, call: BoundCall, kind: Kind, target: Target) -> tuple[Tensor, ...] | None:
         """Attributions by input; None where nothing is known yet of such a call and target. Raises TargetError."""
         found = self._known.get(call.captured, {}).get((kind, torch.is_inference_mode_enabled()))
-        if found is None or torch.compiler.is_compiling() or not call.has_values:
+        if found is None or torch.compiler.is_compiling() or is_transforming() or not call.has_values:
             return None
         return found.answer(call, target, self._weights)
 

@@ -235,8 +235,6 @@ class Tape:
         nodes: Sites = tuple((node, "coefficient") for ref in refs for node in ref.nodes)
         request = Request((chosen,), tuple(dict.fromkeys(nodes)))
 
-        self._recording.make_differentiable(request)
-
         def pullback(seed: Tensor) -> dict[str, Tensor]:
             values = by_site(self._recording.answer(Question(request, {chosen: seed}), differentiable=True))
             return _by_label(refs, values)

@@ -22,9 +22,10 @@ from lrp_compiler.passes.branches import (
 )
 from lrp_compiler.passes.buffers import free_values, recorded_values, reference_values, saved_values
 from lrp_compiler.passes.compiled_function import CompiledFunction
-from lrp_compiler.passes.differentiable import FUNCTIONAL, check_differentiable, keep_derivatives, write_plainly
+from lrp_compiler.passes.differentiable import check_differentiable, keep_derivatives, overwrite_nothing, write_plainly
 from lrp_compiler.passes.program import Cast, Constant, Program, copy_graph, is_float, value_of
 from lrp_compiler.passes.sizes import Size, Sizes, is_settled
+from lrp_compiler.passes.transforms import without_transforms
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,25 @@ class Executable:
         if self.plain is not self:
             return self.plain.differentiable
         assert self.program.relevance_graph is not None
-        check_differentiable(self.program)
-        return _compiled(self.program.relevance_graph, "differentiable_relevance", differentiable=True)
+        with without_transforms():
+            check_differentiable(self.program)
+            return _compiled(self.program.relevance_graph, "differentiable_relevance", differentiable=True)
 
     @cached_property
     def plain(self) -> Executable:
         """The same on weights as they are: for derivatives with respect to these, and under torch.func."""
-        return self if self.program.plain is None else codegen(self.program.plain, self.choice)
+        with without_transforms():
+            return self if self.program.plain is None else codegen(self.program.plain, self.choice)
+
+    @cached_property
+    def transformable(self) -> Executable:
+        """The same in ops that torch.func can transform: nothing is overwritten, and no compiler's code is run."""
+        program, plain = self.plain.program, self.plain
+        assert program.relevance_graph is not None
+        with without_transforms():
+            forward = _compiled(program.graph, "transformable_forward", functional=True)
+            relevance = _compiled(program.relevance_graph, "transformable_relevance", differentiable=True)
+        return replace(plain, forward=forward, relevance=relevance)
 
 
 def codegen(program: Program, choice: Choice = PLAINLY) -> Executable:
@@ -124,9 +137,8 @@ def _for_backend(graph: fx.Graph, code: Code, choice: Choice) -> Code:
     if choice.compiler is None:
         return code
     graph = copy_graph(graph)
-    for node in graph.nodes:
-        # Compilers decide themselves what shares memory.
-        node.target = FUNCTIONAL.get(node.target, node.target)
+    # Compilers decide themselves what shares memory.
+    overwrite_nothing(graph)
     is_open = any(not is_settled(size) for value in _inputs(graph) for size in value.shape)
     assert _taking_sizes(graph) == code.sizes
     flat = fx.GraphModule(torch.nn.Module(), graph).forward
@@ -157,9 +169,18 @@ def _taking_sizes(graph: fx.Graph) -> tuple[Any, ...]:
     return tuple(arguments)
 
 
-def _compiled(graph: fx.Graph, name: str, *, differentiable: bool = False, takes_list: bool = False) -> Code:
+def _compiled(
+    graph: fx.Graph,
+    name: str,
+    *,
+    differentiable: bool = False,
+    functional: bool = False,
+    takes_list: bool = False,
+) -> Code:
     graph = copy_graph(graph)
     write_plainly(graph) if differentiable else keep_derivatives(graph)
+    if functional:
+        overwrite_nothing(graph)
     for node in graph.nodes:
         if isinstance(node.target, Conditional):
             node.target = _forward_taken(node.target.branches)

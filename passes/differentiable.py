@@ -80,6 +80,12 @@ def keep_derivatives(graph: fx.Graph) -> None:
             node.target = WITH_STATISTICS.get(schema_name(node.target), node.target)
 
 
+def overwrite_nothing(graph: fx.Graph) -> None:
+    """Put ops that make something new in the place of those that overwrite."""
+    for node in graph.nodes:
+        node.target = FUNCTIONAL.get(node.target, node.target)
+
+
 def write_plainly(graph: fx.Graph) -> None:
     """Put plain functions in the place of ops that cannot be differentiated (again)."""
     for node in graph.nodes:
@@ -88,7 +94,7 @@ def write_plainly(graph: fx.Graph) -> None:
         if plain is not None:
             node.target = plain.function
             node.args = tuple(None if place in plain.unread else arg for place, arg in enumerate(node.args))
-        node.target = FUNCTIONAL.get(node.target, node.target)
+    overwrite_nothing(graph)
     graph.eliminate_dead_code()
     keep_derivatives(graph)
 
@@ -103,9 +109,8 @@ def check_differentiable(program: Program) -> None:
     relevance, forward = copy_graph(program.relevance_graph), copy_graph(program.graph)
     write_plainly(relevance)
     keep_derivatives(forward)
-    for node in forward.nodes:
-        # The call is tried by itself, on leaves, which nothing can overwrite.
-        node.target = FUNCTIONAL.get(node.target, node.target)
+    # A call is tried by itself, on leaves, which nothing can overwrite.
+    overwrite_nothing(forward)
     fixed = {spec.node for spec in program.inputs if spec.kind in (InputKind.BUFFER, InputKind.CONSTANT)}
     trained = _trained(forward, fixed)
     fixed |= {node.name for node in forward.nodes if node not in trained}

@@ -390,3 +390,12 @@ class CppCompilerError(LRPError):
         "Install one (apt-get install g++, or xcode-select --install), or name it in the environment variable CXX; or"
         " compile the model without backend='inductor'."
     )
+
+
+class TransformError(LRPError):
+    id = "LRP050"
+    template = "{model} is called in this way for the first time under a transform of torch.func (vmap, grad, jvp)"
+    hint = (
+        "Call attribute or run once on plain tensors like these, outside of the transform. A batch needs no vmap,"
+        " several targets have tape.relevance_of_each."
+    )

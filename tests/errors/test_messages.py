@@ -308,6 +308,12 @@ CASES += [
     ("region", lambda: compile_for_lrp(Maps())(X), errors.RegionError, ["vmap", "mistakes.py"]),
     ("autocast", lambda: compile_for_lrp(Casts())(X), errors.AutocastError, ["aten::lstm", "self.cell(x)", "'cpu'"]),
     ("hook", hooked, errors.HookError, ["1 has the forward hook hooked.<locals>.<lambda>", "tape.activations"]),
+    (
+        "transform",
+        lambda: torch.func.vmap(compile_for_lrp(mlp()).run)(X.unsqueeze(0)),
+        errors.TransformError,
+        ["first time", "torch.func", "relevance_of_each"],
+    ),
     ("branching rule", lambda: relu_with(branching), errors.RuleTraceError, ["relu", "'branching' branches", "where"]),
     ("constant in a rule", lambda: relu_with(constant), errors.RuleTraceError, ["relu", "out of constants"]),
     ("word of a rule", lambda: relu_with(lambda c, out, x: "c"), errors.RuleResultError, ["a str", "tensor or None"]),
