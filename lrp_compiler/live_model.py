@@ -6,7 +6,6 @@ every module and parameter; else the model is walked again.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.guards import TensorGuards, dict_version
+from torch._C._dynamo.guards import TensorGuards
 
 from lrp_compiler.hooks import KINDS, refuse_global_hooks, refuse_hooks
 from lrp_compiler.passes.cast_explicitly import without_autocast
+from lrp_compiler.watched_dicts import WatchedDicts
 from lrp_compiler.weightless import has_values
 
 Contents = dict[str, Any]
@@ -82,15 +82,15 @@ class LiveModel:
         return live
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Witness:
     """What was seen when a model was walked, in the form in which it is compared the fastest.
 
     ``slots`` are where the tensors of ``live`` are kept; ``fixed`` is what else must be the same object: children, and
     parameters that are None. ``empty`` (hooks among them) and ``filled`` (with their ``lengths``) are the dicts of all
     ``modules``, which stand with their PARTS; ``hooked`` are those with hooks.
-    ``versions`` are those that the interpreter gave what is ``versioned`` when it was last found unchanged: while they
-    stay, only ``empty`` ones need a look. ``guards`` compare tensors, with inference mode off and on; they take none
+    ``read`` is what was read of the ``watched`` dicts when they were last found unchanged: while it stays, none of them
+    needs a look. ``guards`` compare tensors, with inference mode off and on; they take none
     twice, and ``distinct`` are those they take.
     """
 
@@ -105,20 +105,20 @@ class _Witness:
     lengths: list[int]
     distinct: tuple[Tensor, ...]
     attributes: list[Any]
-    versioned: list[Contents]
-    versions: array[int]
+    watched: WatchedDicts
+    read: bytes
     guards: dict[bool, TensorGuards] = field(default_factory=dict)
 
     def is_unchanged(self) -> bool:
         """Whether the model is in the same state."""
-        versions = array("Q", map(dict_version, self.versioned))
-        if versions != self.versions or self.hooked or any(self.empty):
+        read = self.watched.read()
+        if read != self.read or self.hooked:
             try:
                 if not self._same_modules() or not self._same_tensors():
                     return False
             except KeyError:
                 return False
-            self.versions[:] = versions
+            self.read = read
         return self._same_attributes()
 
     def _same_tensors(self) -> bool:
@@ -180,7 +180,8 @@ def _walk(model: nn.Module) -> tuple[_Witness | None, Live]:
 def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Contents, str]], live: Live) -> _Witness:
     contents = list(map(vars, modules))
     filled = [one[name] for one in contents for name in HELD if one[name]]
-    versioned = [*contents, *filled]
+    empty = tuple(one[name] for one in contents for name in (*HELD, *KINDS) if not one[name])
+    watched = WatchedDicts([*contents, *filled], empty)
     return _Witness(
         model=model,
         live=live,
@@ -188,13 +189,13 @@ def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Conte
         hooked=[(vars(module), _hooks_of(vars(module))) for module in filter(_has_hooks, modules)],
         fixed=[(kept, name, value) for kept in filled for name, value in kept.items() if not isinstance(value, Tensor)],
         slots=slots,
-        empty=tuple(one[name] for one in contents for name in (*HELD, *KINDS) if not one[name]),
+        empty=empty,
         filled=filled,
         lengths=list(map(len, filled)),
         distinct=tuple({id(tensor): tensor for tensor in live.tensors}.values()),
         attributes=list(map(ATTRIBUTES, live.tensors)),
-        versioned=versioned,
-        versions=array("Q", map(dict_version, versioned)),
+        watched=watched,
+        read=watched.read(),
     )
 
 
