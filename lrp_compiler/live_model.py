@@ -177,10 +177,15 @@ def _walk(model: nn.Module) -> tuple[_Witness | None, Live]:
         return None, live
 
 
-def _witness(model: nn.Module, modules: list[nn.Module], slots: list[tuple[Contents, str]], live: Live) -> _Witness:
+def _witness(
+    model: nn.Module, modules: list[nn.Module], slots: list[tuple[Contents, str]], live: Live
+) -> _Witness | None:
+    """None for modules that keep things in mappings which are no dicts; KeyError for those that lack some."""
     contents = list(map(vars, modules))
     filled = [one[name] for one in contents for name in HELD if one[name]]
     empty = tuple(one[name] for one in contents for name in (*HELD, *KINDS) if not one[name])
+    if not all(isinstance(one, dict) for one in (*filled, *empty)):
+        return None
     watched = WatchedDicts([*contents, *filled], empty)
     return _Witness(
         model=model,

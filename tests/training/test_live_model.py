@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -169,6 +169,26 @@ def test_a_hook_that_comes_later_is_refused_by_explanations_until_it_goes() -> N
             explained.run(x)
         handle.remove()
         explained.run(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("_parameters", "new parameter"),
+        ("_buffers", "new buffer"),
+        ("_modules", "module replaced"),
+        ("_forward_hooks", "hook"),
+    ],
+)
+def test_what_is_kept_in_mappings_that_are_no_dicts_is_seen(kind: str, change: str) -> None:
+    model, x = Net().eval(), torch.randn(3, 4)
+    for module in model.modules():
+        vars(module)[kind] = UserDict(vars(module)[kind])
+    explained = warm(model, x)
+    before = explained(x)
+    CHANGES[change](model.blocks[1])  # type: ignore[arg-type]
+    expected = model(x)
+    assert identical(explained(x), expected) and not torch.equal(expected, before)
 
 
 class ByHand:
