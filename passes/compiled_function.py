@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,9 @@ from lrp_compiler.passes.errors import CppCompilerError
 from lrp_compiler.passes.program import COMPILING
 
 Results = tuple[Any, ...]
+
+TRACED = "FX to symbolically trace"
+"""What torch says of calls to compiled code while torch.fx traces anything in this process, in whichever thread."""
 
 
 class CompiledFunction:
@@ -38,9 +42,10 @@ class CompiledFunction:
         self._is_compiled: dict[int, bool] = {}
 
     def __call__(self, arguments: Sequence[Any]) -> Results | None:
-        """The results; None where the function itself has to run: gradients are recorded, or it does not compile.
+        """The results; None where the function itself has to run.
 
-        Raises CppCompilerError.
+        That is where gradients are recorded, where it does not compile, and while others than compilers of this library
+        trace with torch.fx. Raises CppCompilerError.
         """
         if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments):
             return None
@@ -51,7 +56,19 @@ class CompiledFunction:
             if kind not in self._is_compiled:
                 with COMPILING:
                     return self._first(kind, given)
-            return self._owned(self._compiled(*given)) if self._is_compiled[kind] else None
+            return self._owned(self._called(given)) if self._is_compiled[kind] else None
+
+    def _called(self, arguments: list[Any]) -> Results | None:
+        """The results; None where torch.fx traces in a thread that does not wait for others here."""
+        for lock in (contextlib.nullcontext(), COMPILING):
+            try:
+                with lock:
+                    return self._compiled(*arguments)
+            except RuntimeError as error:
+                # Torch has run nothing then; while it is one of ours that compiles, its lock tells when that is over.
+                if TRACED not in str(error):
+                    raise
+        return None
 
     def _first(self, kind: int, arguments: list[Any]) -> Results | None:
         """The first call of a kind, which may find the code of another to serve it."""
@@ -59,11 +76,13 @@ class CompiledFunction:
         if self._graphs:
             _mark_weights(arguments)
         try:
-            results = self._compiled(*arguments)
+            results = self._called(arguments)
         except importlib.import_module("torch._dynamo.exc").TorchDynamoException as error:
             _check_compiler(error)
             self.refusals.append(_first_line(list(_causes(error))[-1]))
             self._is_compiled[kind] = False
+            return None
+        if results is None:
             return None
         if self._lowerings > lowerings:
             self.seconds.append(time.perf_counter() - start)
@@ -83,9 +102,9 @@ class CompiledFunction:
             return backend(module, inputs)
         return backend(module, inputs, config_patches={"triton.cudagraphs": self._graphs})
 
-    def _owned(self, results: Results) -> Results:
+    def _owned(self, results: Results | None) -> Results | None:
         """Results that the next replay of a CUDA graph does not write over."""
-        if not self._graphs:
+        if results is None or not self._graphs:
             return results
         return tuple(value.clone() if isinstance(value, Tensor) else value for value in results)
 

@@ -6,10 +6,14 @@ compiler and little time; what inductor itself makes is compared on a few small 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from training import together
 from lrp_compiler import LRPModule, compile_for_lrp
 from lrp_compiler.passes.backend import Choice, choose_backend
 from lrp_compiler.passes.compiled_function import CompiledFunction
+from lrp_compiler.passes.program import COMPILING
 from lrp_compiler.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,6 +186,64 @@ def test_threads_share_what_is_compiled(by_aot: None) -> None:
     works = [lambda x=x: [inductor.attribute(x, 1) for _ in range(3)] for x in inputs]  # type: ignore[misc]
     for found, right in zip(together(works), expected, strict=True):
         assert all(error(one, right.double()) < 1e-6 for one in found)
+
+
+@contextlib.contextmanager
+def traced_elsewhere(lock: AbstractContextManager[object], until: threading.Event) -> Iterator[None]:
+    """While a thread that holds ``lock`` traces with torch.fx, which takes it ``until`` it is let go on."""
+    begun = threading.Event()
+
+    def traced(x: Any) -> Any:
+        begun.set()
+        assert until.wait(timeout=60)
+        return x
+
+    def trace() -> None:
+        with lock:
+            torch.fx.symbolic_trace(traced)
+
+    with ThreadPoolExecutor(1) as pool:
+        tracing = pool.submit(trace)
+        try:
+            assert begun.wait(timeout=60)
+            yield
+        finally:
+            until.set()
+            tracing.result()
+
+
+def test_the_eager_code_runs_while_another_thread_traces(by_aot: None) -> None:
+    inductor, eager = both(dense())
+    x = torch.randn(4, 6)
+    inductor.attribute(x, 1)
+    with traced_elsewhere(contextlib.nullcontext(), threading.Event()):
+        assert torch.equal(inductor.attribute(x, 1), eager.attribute(x, 1))
+
+
+def test_nothing_is_compiled_while_another_thread_traces(by_aot: None) -> None:
+    double, x = CompiledFunction(lambda x: (x * 2,), "inductor", dynamic=False, graphs=False), torch.ones(3)
+    with traced_elsewhere(contextlib.nullcontext(), threading.Event()):
+        assert double([x]) is None
+    assert not double.seconds and not double.refusals
+    made = double([x])
+    assert made is not None and made[0].tolist() == [2.0] * 3 and len(double.seconds) == 1
+
+
+def test_compiled_code_waits_for_threads_that_compile(by_aot: None) -> None:
+    """So that its results do not depend on what other threads do."""
+    double, x, end = (
+        CompiledFunction(lambda x: (x * 2,), "inductor", dynamic=False, graphs=False),
+        torch.ones(3),
+        threading.Event(),
+    )
+    double([x])
+    with traced_elsewhere(COMPILING, end), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(double, [x])
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
+        end.set()
+        made = waiting.result(timeout=60)
+    assert made is not None and made[0].tolist() == [2.0] * 3
 
 
 class Views(nn.Module):
