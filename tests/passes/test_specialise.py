@@ -233,15 +233,20 @@ def test_rows_are_pushed_up_to_the_first_layer(name: str) -> None:
 
 
 def targets(shape: tuple[int, ...]) -> st.SearchStrategy[Any]:
-    """Targets of an output of this shape."""
+    """Targets of an output of this shape; contrasts are between two of its logits."""
     batch, tokens, classes = shape
+
+    def differ(places: tuple[tuple[int, int], tuple[int, int]]) -> bool:
+        (first, left), (second, right) = places
+        return (first % tokens, left) != (second % tokens, right)
+
     position, index = st.integers(-tokens, tokens - 1), st.integers(0, classes - 1)
     one = st.tuples(position, index)
     return st.one_of(
         one,
         st.lists(one, min_size=batch, max_size=batch),
         st.builds(Token, position, index),
-        st.builds(lambda a, b: Contrast(a, b), one, one),
+        st.tuples(one, one).filter(differ).map(lambda places: Contrast(*places)),
     )
 
 
@@ -262,6 +267,14 @@ def test_any_target_gives_what_its_dense_seed_gives(target: Any, composite: str)
     expected = explained.run(x)[1].relevance(lambda output: (output * seed).sum())
     assert_same(explained.attribute(x, target), expected)
     assert_same(explained.attribute(x, seed), expected)
+
+
+@pytest.mark.parametrize("again", [(1, 0), (-3, 0)])
+def test_a_logit_in_contrast_with_itself_leaves_nothing_but_rounding(again: tuple[int, int]) -> None:
+    explained = LRPModule(MODEL, "attnlrp", captures=SHARED)
+    x = torch.linspace(-1, 1, 72, dtype=torch.float64).view(3, 4, 6).sin()
+    one, none = explained.attribute(x, (1, 0)), explained.attribute(x, Contrast((1, 0), again))
+    assert none.norm() <= 1e-12 * one.norm()
 
 
 def test_several_targets_cost_their_rows() -> None:
