@@ -43,7 +43,6 @@ from lrp_compiler.passes.errors import (
     StaleTapeError,
     TargetError,
     TransformError,
-    UncoveredOpsError,
     UnknownCompositeError,
     UnknownInputError,
     UnknownOptionError,
@@ -53,7 +52,7 @@ from lrp_compiler.passes.errors import (
     UnsupportedOutputError,
     VerifierError,
 )
-from lrp_compiler.passes.uncovered import UncoveredOp
+from lrp_compiler.passes.uncovered import UncoveredOp, UncoveredOpsError
 
 __all__ = [
     "ArgumentError",

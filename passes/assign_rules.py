@@ -14,7 +14,6 @@ from lrp_compiler.passes.branches import (
     outputs_of,
     within,
 )
-from lrp_compiler.passes.errors import UncoveredOpsError
 from lrp_compiler.passes.operation import FOLDED, Operation
 from lrp_compiler.passes.optable import classify, op_name
 from lrp_compiler.passes.program import Pattern, Program, facts, first_argument, forward_nodes, learn, module_path
@@ -22,7 +21,7 @@ from lrp_compiler.passes.rule_tensors import supply_rule_tensors
 from lrp_compiler.passes.rules.base import Chosen, Composite, Rule
 from lrp_compiler.passes.rules.branches import OfBranches
 from lrp_compiler.passes.source_lines import user_source
-from lrp_compiler.passes.uncovered import UncoveredOp
+from lrp_compiler.passes.uncovered import UncoveredOp, UncoveredOpsError
 
 
 def assign_rules(program: Program, composite: Composite, partial: bool = False) -> Program:

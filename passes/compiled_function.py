@@ -56,14 +56,14 @@ class CompiledFunction:
             if kind not in self._is_compiled:
                 with COMPILING:
                     return self._first(kind, given)
-            return self._owned(self._called(given)) if self._is_compiled[kind] else None
+            return self._called(given) if self._is_compiled[kind] else None
 
     def _called(self, arguments: list[Any]) -> Results | None:
         """The results; None where torch.fx traces in a thread that does not wait for others here."""
         for lock in (contextlib.nullcontext(), COMPILING):
             try:
                 with lock:
-                    return self._compiled(*arguments)
+                    return self._owned(self._compiled(*arguments))
             except RuntimeError as error:
                 # Torch has run nothing then; while it is one of ours that compiles, its lock tells when that is over.
                 if TRACED not in str(error):
@@ -87,7 +87,7 @@ class CompiledFunction:
         if self._lowerings > lowerings:
             self.seconds.append(time.perf_counter() - start)
         self._is_compiled[kind] = True
-        return self._owned(results)
+        return results
 
     @cached_property
     def _compiled(self) -> Callable[..., Results]:
@@ -102,9 +102,9 @@ class CompiledFunction:
             return backend(module, inputs)
         return backend(module, inputs, config_patches={"triton.cudagraphs": self._graphs})
 
-    def _owned(self, results: Results | None) -> Results | None:
+    def _owned(self, results: Results) -> Results:
         """Results that the next replay of a CUDA graph does not write over."""
-        if results is None or not self._graphs:
+        if not self._graphs:
             return results
         return tuple(value.clone() if isinstance(value, Tensor) else value for value in results)
 

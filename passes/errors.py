@@ -5,8 +5,6 @@ from __future__ import annotations
 import reprlib
 from typing import ClassVar
 
-from lrp_compiler.passes.uncovered import UncoveredOp
-
 
 class LRPError(Exception):
     """Base of every refusal; ``str(error)`` holds id, ``cause``, ``source`` line and ``remedy``.
@@ -45,22 +43,6 @@ class UnsupportedMutationError(LRPError):
     id = "LRP002"
     template = "the in-place operation {op} has no functional form here: {cause}"
     hint = "Write the line without the trailing underscore (y = x.{name}(...) instead of x.{name}_(...))."
-
-
-class UncoveredOpsError(LRPError):
-    """``rows`` holds what the message lists."""
-
-    id = "LRP003"
-    template = "{count} operation(s) on the path of relevance have no rule in composite '{composite}':\n{table}"
-    hint = (
-        "Give each one a rule: @lrp_compiler.register_rule({example}) on a function"
-        " (c, out, *args) -> coefficients of the inputs, or pass rules={{op: function}} to compile_for_lrp."
-    )
-
-    def __init__(self, *, rows: tuple[UncoveredOp, ...], composite: str, example: str) -> None:
-        self.rows = rows
-        table = "\n".join(f"  {row}" for row in rows)
-        super().__init__(count=len(rows), composite=composite, table=table, example=example)
 
 
 class NoAttributableInputError(LRPError):

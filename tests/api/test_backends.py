@@ -220,8 +220,12 @@ def test_the_eager_code_runs_while_another_thread_traces(by_aot: None) -> None:
         assert torch.equal(inductor.attribute(x, 1), eager.attribute(x, 1))
 
 
+def doubling() -> CompiledFunction:
+    return CompiledFunction(lambda x: (x * 2,), "inductor", dynamic=False, graphs=False)
+
+
 def test_nothing_is_compiled_while_another_thread_traces(by_aot: None) -> None:
-    double, x = CompiledFunction(lambda x: (x * 2,), "inductor", dynamic=False, graphs=False), torch.ones(3)
+    double, x = doubling(), torch.ones(3)
     with traced_elsewhere(contextlib.nullcontext(), threading.Event()):
         assert double([x]) is None
     assert not double.seconds and not double.refusals
@@ -231,11 +235,7 @@ def test_nothing_is_compiled_while_another_thread_traces(by_aot: None) -> None:
 
 def test_compiled_code_waits_for_threads_that_compile(by_aot: None) -> None:
     """So that its results do not depend on what other threads do."""
-    double, x, end = (
-        CompiledFunction(lambda x: (x * 2,), "inductor", dynamic=False, graphs=False),
-        torch.ones(3),
-        threading.Event(),
-    )
+    double, x, end = doubling(), torch.ones(3), threading.Event()
     double([x])
     with traced_elsewhere(COMPILING, end), ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(double, [x])

@@ -252,28 +252,27 @@ def targets(shape: tuple[int, ...]) -> st.SearchStrategy[Any]:
 
 SHARED = Captures()
 MODEL = Around(OPS["causal"])
+VALUES = torch.linspace(-1, 1, 72, dtype=torch.float64).view(3, 4, 6).sin()
 
 
 @given(targets((3, 4, 6)), st.sampled_from(["attnlrp", "epsilon", "attnlrp_gamma"]))
 def test_any_target_gives_what_its_dense_seed_gives(target: Any, composite: str) -> None:
-    x = torch.linspace(-1, 1, 72, dtype=torch.float64).view(3, 4, 6).sin()
     explained = LRPModule(MODEL, composite, captures=SHARED)
-    seed = target.seed(MODEL(x)) if isinstance(target, Seed) else None
+    seed = target.seed(MODEL(VALUES)) if isinstance(target, Seed) else None
     if seed is None:
         places = target if isinstance(target, list) else [target] * 3
         seed = torch.zeros(3, 4, 6, dtype=torch.float64)
         for sample, place in enumerate(places):
             seed[(sample, *place)] = 1
-    expected = explained.run(x)[1].relevance(lambda output: (output * seed).sum())
-    assert_same(explained.attribute(x, target), expected)
-    assert_same(explained.attribute(x, seed), expected)
+    expected = explained.run(VALUES)[1].relevance(lambda output: (output * seed).sum())
+    assert_same(explained.attribute(VALUES, target), expected)
+    assert_same(explained.attribute(VALUES, seed), expected)
 
 
 @pytest.mark.parametrize("again", [(1, 0), (-3, 0)])
 def test_a_logit_in_contrast_with_itself_leaves_nothing_but_rounding(again: tuple[int, int]) -> None:
     explained = LRPModule(MODEL, "attnlrp", captures=SHARED)
-    x = torch.linspace(-1, 1, 72, dtype=torch.float64).view(3, 4, 6).sin()
-    one, none = explained.attribute(x, (1, 0)), explained.attribute(x, Contrast((1, 0), again))
+    one, none = explained.attribute(VALUES, (1, 0)), explained.attribute(VALUES, Contrast((1, 0), again))
     assert none.norm() <= 1e-12 * one.norm()
 
 
